@@ -1,0 +1,23 @@
+"Everything the package says of itself is read from settings.ini."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=['='])
+config.read(here/'settings.ini', encoding='utf-8')
+s = config['DEFAULT']
+split = lambda key: s[key].split()
+
+setup(
+    name=s['lib_name'], version=s['version'], description=s['description'], keywords=s['keywords'],
+    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    url=s['git_url'], author=s['author'], author_email=s['author_email'], license='MIT', license_files=['LICENSE'],
+    packages=[s['lib_name']], package_data={s['lib_name']: ['*.mplstyle']}, include_package_data=False,
+    python_requires=f">={s['min_python']}", install_requires=split('requirements'),
+    extras_require={'book': split('book_requirements'), 'dev': split('book_requirements') + split('dev_requirements')},
+    entry_points={'console_scripts': split('console_scripts')}, zip_safe=False,
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
+                 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+)
