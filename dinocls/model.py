@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import prepare
-from .core import DataConfig, ModelConfig, UserError, nearest, stage
+from .core import DataConfig, ModelConfig, UserError, nearest, reason, stage
 from .data import load_split, splits
 
 # %% ../nbs/03_model.ipynb #b71d2d2f
@@ -74,7 +74,7 @@ def _read_weights(path: str) -> dict:
             state = load_file(path)
         else: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # whatever a damaged file makes the readers raise
-        raise UserError(f'{path} cannot be read as a checkpoint ({str(e).splitlines()[0][:120]}): it is damaged, or not one.') from None
+        raise UserError(f'{path} cannot be read as a checkpoint ({reason(e)}): it is damaged, or not one.') from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f'{path} is not a checkpoint of weights: expected a dict of tensors.')
     return state
@@ -185,6 +185,7 @@ def infer(module: nn.Module, images: Tensor,  # uint8 (n, 3, h, w)
 # %% ../nbs/03_model.ipynb #a3e0b368
 def precision(cfg, device: torch.device) -> str:
     "Return fp32, bf16 or fp16: as configured, or what is fastest on the device."
+    if cfg.precision == 'fp16' and device.type == 'cpu': return 'bf16'  # a CPU has no fp16 units
     if cfg.precision != 'auto': return cfg.precision
     if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
     amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
@@ -193,7 +194,6 @@ def precision(cfg, device: torch.device) -> str:
 def autocast(cfg, device: torch.device):
     "Return the context in which the configured precision holds."
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision(cfg, device))
-    if dtype == torch.float16 and device.type == 'cpu': dtype = torch.bfloat16  # a CPU has no fp16 units
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 # %% ../nbs/03_model.ipynb #ca46bf8a
@@ -203,7 +203,7 @@ def device(cfg) -> torch.device:
         return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
     try: return torch.empty(0, device=cfg.device).device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f'device={cfg.device!r} is not to be had here ({str(e).splitlines()[0][:100]}): use auto or cpu.') from None
+        raise UserError(f'device={cfg.device!r} is not to be had here ({reason(e)}): use auto or cpu.') from None
 
 # %% ../nbs/03_model.ipynb #eeb7d133
 @stage(reads=[DataConfig, ModelConfig, 'seed', 'precision'], after=[splits])

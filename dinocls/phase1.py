@@ -20,7 +20,7 @@ def phase1(cfg, folder):
     where = device(cfg)
     model = classifier(cfg, len(splits(cfg)['classes'])).freeze()
     train, val = (load_split(cfg, name, where) for name in ('train', 'val'))
-    return fit(model, train, val, cfg, epochs=cfg.phase1_epochs, lr_backbone=0.0, lr_head=cfg.phase1_lr, folder=folder, name='phase 1')
+    return fit(model, train, val, cfg, epochs=cfg.phase1_epochs, lr_backbone=0.0, lr_head=cfg.phase1_lr, folder=folder, name='phase1')
 
 # %% ../nbs/05_phase1.ipynb #1c7ff107
 def phase1_model(cfg):

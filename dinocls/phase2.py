@@ -19,7 +19,7 @@ def phase2(cfg, folder):
     where = device(cfg)
     train, val = (load_split(cfg, name, where) for name in ('train', 'val'))
     return fit(phase1_model(cfg), train, val, cfg, epochs=cfg.phase2_epochs, lr_backbone=cfg.lr_backbone, lr_head=cfg.lr_head,
-               folder=folder, name='phase 2')
+               folder=folder, name='phase2')
 
 # %% ../nbs/06_phase2.ipynb #98e1ab2a
 def phase2_model(cfg):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .augment import augment, mix, mixed_loss, prepare
-from .core import UserError, progress, replacing
+from .core import UserError, as_os_error, progress, reason, replacing
 from .data import batches, load_split
 from .model import Classifier, device, infer, param_groups, precision
 
@@ -72,7 +72,6 @@ def _accelerator(cfg):
     where = device(cfg)
     if where.type == 'cuda' and where.index: torch.cuda.set_device(where)
     kind = precision(cfg, where)
-    if kind == 'fp16' and where.type == 'cpu': kind = 'bf16'  # a CPU has no fp16 units
     AcceleratorState._reset_state()  # one process may train at several precisions, one after the other
     return Accelerator(mixed_precision='no' if kind == 'fp32' else kind, cpu=where.type == 'cpu')
 
@@ -143,7 +142,7 @@ def save_checkpoint(loop: Loop, path: Path):
     state = {'epoch': loop.epoch, 'steps': loop.steps, 'best': loop.best, 'model': loop.trained.state_dict(),
              'ema': loop.ema.module.state_dict() if loop.ema else None, 'optimiser': loop.optimiser.state_dict(),
              'schedule': loop.schedule.state_dict(), 'scaler': scaler.state_dict() if scaler else None, 'history': json.dumps(loop.history)}
-    with replacing(path) as tmp: torch.save(state, tmp)
+    with replacing(path) as tmp, as_os_error(): torch.save(state, tmp)
 
 # %% ../nbs/04_train.ipynb #b0956f76
 def load_checkpoint(loop: Loop, path: Path) -> bool:
@@ -159,7 +158,7 @@ def load_checkpoint(loop: Loop, path: Path) -> bool:
         loop.epoch, loop.steps, loop.best, loop.history = state['epoch'], state['steps'], state['best'], json.loads(state['history'])
         return True
     except Exception as e:  # whatever a damaged file makes the reader raise
-        raise UserError(f'{path} cannot be read ({str(e).splitlines()[0][:100]}): delete it to start this training anew.') from None
+        raise UserError(f'{path} cannot be read ({reason(e)}): delete it to start this training anew.') from None
 
 # %% ../nbs/04_train.ipynb #8dd49ffe
 def validate(loop: Loop, loss: float, val, seconds: float) -> dict:

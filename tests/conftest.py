@@ -1,0 +1,66 @@
+"What the tests share: the command line as a user calls it, and a small book to break."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = str(Path(sys.executable).with_name('dinocls'))
+
+
+def environment(**changes) -> dict:
+    "Return this process's environment without what the driver or a user may have set for the book."
+    return {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {k: str(v) for k, v in changes.items()}
+
+
+def dinocls(*args, **kwargs) -> subprocess.CompletedProcess:
+    "Run the command line to its end."
+    kwargs['env'] = environment(**kwargs.pop('env', {}))
+    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=kwargs.pop('cwd', ROOT), **kwargs)
+
+
+def refused(result, *parts, status=2):
+    "Assert that a command ended with one clear sentence and the given status, and without a traceback."
+    assert result.returncode == status, result.stdout + result.stderr
+    assert 'Traceback' not in result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith('dinocls: ')]
+    assert len(lines) == 1, result.stderr
+    for part in parts: assert part in lines[0], lines[0]
+
+
+PARAMETERS = "preset: str = 'smoke'\noverrides: str = ''\nout: str = ''"
+
+
+def chapter(folder: Path, name: str, code: str, reads: str = 'nothing', parameters: str = PARAMETERS):
+    "Write a chapter whose work is one cell of code."
+    cell = lambda kind, source, **meta: {'cell_type': kind, 'id': f'{name}-{abs(hash(source)) % 10**8}', 'metadata': meta, 'source': source} | (
+        {'outputs': [], 'execution_count': None} if kind == 'code' else {})
+    cells = [cell('markdown', f'# {name}\n\n> A chapter of the test book.'), cell('code', parameters, tags=['parameters']),
+             cell('markdown', f'| | |\n|---|---|\n| reads | {reads} |\n| writes | nothing |\n| cost | smoke 1 s |'), cell('code', code)]
+    spec = {'name': 'python3', 'language': 'python', 'display_name': 'python3'}
+    (folder/'nbs'/f'{name}.ipynb').write_text(json.dumps({'cells': cells, 'metadata': {'kernelspec': spec}, 'nbformat': 4, 'nbformat_minor': 5}))
+
+
+@pytest.fixture
+def book(tmp_path):
+    "A project folder without chapters; run the command with env={'DINOCLS_HOME': book}."
+    (tmp_path/'nbs').mkdir()
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def in_process(capfd, monkeypatch):
+    "Run the command line inside this process, where torch is loaded already."
+    def call(*args):
+        from dinocls import book
+        monkeypatch.setattr(sys, 'argv', ['dinocls', *map(str, args)])
+        status = 0
+        try: book.main()
+        except SystemExit as e: status = e.code or 0
+        return subprocess.CompletedProcess(args, status, *capfd.readouterr())
+    return call

@@ -1,0 +1,203 @@
+"The command line: a user's mistakes, faults of the machine, and how a run goes on after them."
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import COMMAND, ROOT, chapter, dinocls, environment, refused
+
+from dinocls import core
+
+OFFLINE = {'https_proxy': 'http://127.0.0.1:9', 'http_proxy': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '1'}
+
+
+@pytest.mark.parametrize('args, parts', [
+    (['run', '-p', 'quik'], ['quik', "did you mean 'quick'"]),
+    (['run', '-s', 'sead=1'], ['sead', "did you mean 'seed'"]),
+    (['run', '-s', 'seed'], ['seed', 'field=value']),
+    (['run', '-s', 'batch_size=many'], ['batch_size', 'a whole number']),
+    (['run', '-s', 'batch_size=0'], ['batch_size', 'at least 1']),
+    (['run', '--chapters', '99'], ['no chapter', '99']),
+    (['run', '--chapters', '6-5'], ['backwards']),
+    (['run', '--config', 'none.yaml'], ['none.yaml']),
+    (['stage', 'phase3', '-p', 'smoke'], ['phase3', "did you mean 'phase"]),
+    (['stage', 'splits', '-p', 'smoke', '-s', 'dataset=digit'], ['digit', "did you mean 'digits'"]),
+    (['stage', 'splits', '-p', 'smoke', '-s', 'val_size=5000'], ['val_size=5000', 'does not fit']),
+    (['stage', 'features', '-p', 'smoke', '-s', 'backbone=dinov2'], ['dinov2', 'did you mean']),
+    (['stage', 'features', '-p', 'smoke', '-s', 'image_size=30'], ['image_size=30', 'use 32']),
+    (['stage', 'features', '-p', 'smoke', '-s', 'device=tpu'], ['tpu', 'not to be had']),
+    (['stage', 'features', '-p', 'smoke', '-s', 'weights=none.pth'], ['none.pth', 'no checkpoint']),
+], ids=lambda v: v if isinstance(v, str) else ' '.join(v[:4]))
+def test_mistakes_get_one_sentence(args, parts, tmp_path, in_process):
+    refused(in_process(*args, '--out', tmp_path/'run'), *parts)
+
+
+def test_data_that_cannot_be_downloaded(tmp_path):
+    refused(dinocls('download', '-p', 'cifar', env=OFFLINE | {'DINOCLS_DATA': tmp_path}), 'cifar10', 'could not be downloaded', str(tmp_path))
+
+
+def test_a_truncated_archive_is_named_and_kept(tmp_path):
+    archive = tmp_path/'cifar-10-python.tar.gz'
+    archive.write_bytes(b'\x1f\x8b' + b'half of it' * 50)
+    refused(dinocls('download', '-p', 'cifar', env=OFFLINE | {'DINOCLS_DATA': tmp_path}), str(archive), 'damaged')
+    assert archive.read_bytes().endswith(b'half of it')
+
+
+def test_weights_that_cannot_be_downloaded(tmp_path):
+    refused(dinocls('download', '-p', 'smoke', '-s', 'backbone=dinov2_vits14', '-s', 'image_size=28', env=OFFLINE | {'HF_HOME': tmp_path}),
+            'dinov2_vits14', 'could not be downloaded')
+
+
+def test_foreign_checkpoints(tmp_path):
+    for name, content in (('text.pth', b'not a checkpoint'), ('other.safetensors', b'\x00' * 64)):
+        (tmp_path/name).write_bytes(content)
+        refused(dinocls('stage', 'features', '-p', 'smoke', '-s', f'weights={tmp_path/name}', '--out', tmp_path/'run'), name)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path/'file').write_text('in the way')
+    refused(dinocls('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'file'/'run'), 'Cannot write', '--out')
+    assert (tmp_path/'file').read_text() == 'in the way'
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path/'letter.txt').write_text('dear')
+    for args in (['stage', 'splits'], ['run']): refused(dinocls(*args, '-p', 'smoke', '--out', tmp_path), 'not a run folder')
+    assert [p.name for p in tmp_path.iterdir()] == ['letter.txt']
+
+
+def test_a_run_of_another_version_or_configuration_is_left_alone(tmp_path):
+    for record, part in (({'format': 0, 'version': '0.0.1'}, '0.0.1'), ({'format': core.RUN_FORMAT, 'config': {'dataset': 'cifar10'}}, "dataset='cifar10'"), ([], 'another version')):
+        (tmp_path/'run.json').write_text(before := json.dumps(record))
+        for args in (['stage', 'splits'], ['run']): refused(dinocls(*args, '-p', 'smoke', '--out', tmp_path), part)
+        assert (tmp_path/'run.json').read_text() == before and len(list(tmp_path.iterdir())) == 1
+    (tmp_path/'run.json').write_text('{"format": ')
+    refused(dinocls('run', '-p', 'smoke', '--out', tmp_path), 'cannot be read')
+
+
+def test_a_full_disk_costs_only_what_is_new(tmp_path):
+    assert dinocls('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'run').returncode == 0
+    before = sorted((p.name, p.stat().st_size) for p in (tmp_path/'run').rglob('*') if p.is_file())
+    full = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    refused(dinocls('stage', 'features', '-p', 'smoke', '--out', tmp_path/'run', preexec_fn=full), 'Cannot write')
+    after = sorted((p.name, p.stat().st_size) for p in (tmp_path/'run').rglob('*') if p.is_file())
+    assert set(before) <= set(after) and not [n for n, _ in after if n.startswith('.')]
+    assert dinocls('stage', 'features', '-p', 'smoke', '--out', tmp_path/'run').returncode == 0
+
+
+def test_list_and_doctor_tell_what_is_there(tmp_path):
+    listed = dinocls('list', '-p', 'smoke', '--out', tmp_path/'run', env={'COLUMNS': '200'}).stdout
+    assert all(word in listed for word in ('05_phase1', 'reference', 'phase2_logits', 'no'))
+    doctor = dinocls('doctor', '-p', 'smoke', '--out', tmp_path/'run').stdout
+    assert all(word in doctor for word in ('torch', 'device', 'precision', 'digits', 'GB'))
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_second_run_finds_everything_current(tmp_path):
+    first = dinocls('run', '-p', 'smoke', '--chapters', '0-1', '--out', tmp_path/'run')
+    assert first.returncode == 0, first.stdout + first.stderr
+    second = dinocls('run', '-p', 'smoke', '--chapters', '0-1', '--out', tmp_path/'run')
+    assert second.stdout.count('is current') == 2 and str(tmp_path/'run'/'index.html') in second.stdout
+    forced = dinocls('run', '-p', 'smoke', '--chapters', '1', '--out', tmp_path/'run', '--force')
+    assert 'is current' not in forced.stdout and '01_data: splits' in forced.stdout
+
+
+def test_a_failing_chapter_stops_only_what_depends_on_it(book):
+    chapter(book, '01_breaks', "print('before')\nraise ValueError('planted')")
+    chapter(book, '02_waits', 'pass', reads='`01_breaks`')
+    chapter(book, '03_runs', "print('fine')")
+    result = dinocls('run', '-p', 'smoke', env={'DINOCLS_HOME': book})
+    assert result.returncode == 1 and '01_breaks FAILED in cell 5: ValueError: planted' in result.stdout, result.stdout + result.stderr
+    assert '02_waits skipped' in result.stdout and '03_runs done' in result.stdout
+    run = book/'outputs'/'smoke'
+    assert 'planted' in (run/'01_breaks.ipynb').read_text() and (run/'03_runs.ipynb').exists() and not (run/'02_waits.ipynb').exists()
+    chapter(book, '01_breaks', "print('mended')")
+    result = dinocls('run', '-p', 'smoke', env={'DINOCLS_HOME': book})
+    assert result.returncode == 0 and '03_runs is current' in result.stdout and '02_waits done' in result.stdout
+
+
+def test_a_kernel_that_dies_fails_its_chapter_alone(book):
+    chapter(book, '01_dies', 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)')
+    chapter(book, '02_runs', 'pass')
+    result = dinocls('run', '-p', 'smoke', env={'DINOCLS_HOME': book})
+    assert result.returncode == 1 and '01_dies FAILED' in result.stdout and '02_runs done' in result.stdout
+    assert 'Traceback' not in result.stdout + result.stderr
+
+
+def test_a_parameter_that_a_notebook_lacks_is_an_error(book):
+    chapter(book, '01_old', 'pass', parameters="present: str = 'smoke'")
+    refused(dinocls('run', '-p', 'smoke', env={'DINOCLS_HOME': book}), '01_old.ipynb', "'preset'", "did you mean 'present'")
+
+
+def test_no_notebooks(tmp_path):
+    refused(dinocls('run', '-p', 'smoke', env={'DINOCLS_HOME': tmp_path}), 'no notebooks')
+
+
+def started(book, *marks):
+    "Start a run of the test book, and wait until the marks exist."
+    process = subprocess.Popen([COMMAND, 'run', '-p', 'smoke'], env=environment(DINOCLS_HOME=book), cwd=book, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait(lambda: all((book/m).exists() for m in marks), 60)
+    family = psutil.Process(process.pid).children(recursive=True)
+    return process, family
+
+
+def wait(condition, seconds):
+    "Wait until a condition holds, or fail."
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'it did not happen in time'
+        time.sleep(0.1)
+
+
+SLOW = "from pathlib import Path\nimport time\nPath('mark').touch()\nwhile Path('mark').exists() and not Path('go').exists(): time.sleep(0.1)"
+
+
+@pytest.mark.parametrize('blow', [signal.SIGINT, signal.SIGKILL], ids=['ctrl-c', 'kill -9'])
+def test_a_stopped_run_leaves_nothing_behind_and_goes_on(book, blow):
+    chapter(book, '01_quick', 'pass')
+    chapter(book, '02_slow', SLOW, reads='`01_quick`')
+    process, family = started(book, 'mark', 'outputs/smoke/stages/chapters/01_quick.json')
+    process.send_signal(blow)
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode == (130 if blow == signal.SIGINT else -blow), said
+    wait(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 15)
+    run = book/'outputs'/'smoke'
+    assert not (run/'02_slow.ipynb').exists() and not list(run.glob('.*'))
+    if blow == signal.SIGINT: assert 'goes on from there' in said and 'Traceback' not in said
+    (book/'go').touch()
+    again = dinocls('run', '-p', 'smoke', env={'DINOCLS_HOME': book})
+    assert again.returncode == 0 and '01_quick is current' in again.stdout and '02_slow done' in again.stdout
+
+
+def test_two_runs_do_not_share_a_folder(book):
+    chapter(book, '01_slow', SLOW)
+    process, _ = started(book, 'mark')
+    refused(dinocls('run', '-p', 'smoke', env={'DINOCLS_HOME': book}), 'Another run is using')
+    (book/'go').touch()
+    assert process.wait(30) == 0
+
+
+def test_killed_training_ends_in_the_same_weights(tmp_path):
+    args = ['stage', 'phase2', '-p', 'smoke', '-s', 'phase2_epochs=6', '-s', 'checkpoint_every=1']
+    weights = lambda run: core.file_digest(next((tmp_path/run/'stages').glob('phase2-*/weights.safetensors')))
+    assert dinocls(*args, '--out', tmp_path/'whole', env={'OMP_NUM_THREADS': 1}).returncode == 0
+    process = subprocess.Popen([COMMAND, *args, '--out', str(tmp_path/'killed')], env=environment(OMP_NUM_THREADS=1), cwd=ROOT)
+    wait(lambda: list((tmp_path/'killed'/'stages').glob('phase2-*.partial/checkpoint.pt')), 120)
+    process.kill()
+    process.wait()
+    assert not list((tmp_path/'killed'/'stages').glob('phase2-*/weights.safetensors'))
+    result = dinocls(*args, '--out', tmp_path/'killed', env={'OMP_NUM_THREADS': 1})
+    assert result.returncode == 0, result.stderr
+    assert weights('killed') == weights('whole')
+
+
+def test_plain_papermill_runs_a_chapter_from_any_folder(tmp_path):
+    result = subprocess.run([str(Path(COMMAND).with_name('papermill')), str(ROOT/'nbs'/'02_augment.ipynb'), 'out.ipynb', '-p', 'preset', 'smoke', '-p', 'out', str(tmp_path/'run')],
+                            cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path/'run'/'02_augment'/'batch.png').exists() and (tmp_path/'out.ipynb').exists()

@@ -1,0 +1,368 @@
+"Hostile input for the production model: pictures that are none, and folders that are damaged, foreign or forged."
+import io
+import json
+import pickle
+import shutil
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinocls import core
+from dinocls.core import UserError, file_digest
+from dinocls.inference import FILES, FORMATS, ProductionModel, as_png, save_production
+from dinocls.model import classifier
+
+CFG = core.preset('smoke')
+CLASSES, LAYERS = [str(i) for i in range(10)], len(CFG.head_widths)
+RGB = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+
+
+def encoded(image, kind='PNG', **options) -> bytes:
+    image.save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
+def refused(call, *needed):
+    "Check that `call` raises `UserError` with one sentence that holds `needed`."
+    with pytest.raises(UserError) as e: call()
+    text = str(e.value)
+    assert '\n' not in text and text.endswith('.') and 'object at 0x' not in text and len(text) < 600, text
+    for part in needed: assert part in text, text
+
+
+@pytest.fixture(scope='session')
+def saved(tmp_path_factory):
+    "A production folder of an untrained model."
+    torch.manual_seed(0)
+    return save_production(tmp_path_factory.mktemp('run')/'production', classifier(CFG, 10).eval(), CFG, CLASSES, {'test': {'accuracy': 0.1, 'n': 100}})
+
+
+@pytest.fixture(scope='session')
+def model(saved): return ProductionModel(saved, 'cpu')
+
+
+@pytest.fixture
+def folder(saved, tmp_path): return shutil.copytree(saved, tmp_path/'production')
+
+
+def seal(folder):
+    "Make the checksums right again, as a forger would."
+    (folder/'checksums.json').write_text(json.dumps({name: file_digest(folder/name) for name in FILES[:2]}))
+
+
+def change(folder, **fields):
+    "Change fields of the description and seal the folder; None removes a field."
+    about = json.loads((folder/'config.json').read_text()) | fields
+    (folder/'config.json').write_text(json.dumps({k: v for k, v in about.items() if v is not None}))
+    seal(folder)
+
+
+# --- answers
+
+
+def check(answer):
+    assert set(answer) == {'prediction', 'confidence', 'probabilities', 'top5'}
+    assert list(answer['probabilities']) == CLASSES and abs(sum(answer['probabilities'].values()) - 1) < 1e-6
+    assert answer['top5'][0] == (answer['prediction'], answer['confidence']) and len(answer['top5']) == 5
+    assert [p for _, p in answer['top5']] == sorted(answer['probabilities'].values(), reverse=True)[:5]
+
+
+def test_answer_is_plain_json(model):
+    answer = model.predict(RGB)
+    check(answer)
+    assert json.loads(json.dumps(answer))['prediction'] == answer['prediction']
+
+
+def test_same_picture_in_every_guise(model, tmp_path):
+    (tmp_path/'a picture ü.png').write_bytes(as_png(RGB))
+    path = tmp_path/'a picture ü.png'
+    guises = [RGB, torch.from_numpy(RGB).permute(2, 0, 1), Image.fromarray(RGB), as_png(RGB), bytearray(as_png(RGB)), memoryview(as_png(RGB)),
+              path, str(path), np.asfortranarray(RGB), RGB[::-1][::-1], encoded(Image.fromarray(RGB), 'BMP'), encoded(Image.fromarray(RGB), 'TIFF')]
+    assert len({model.predict(g)['confidence'] for g in guises}) == 1
+
+
+def test_native_pixels_are_not_touched(model):
+    from dinocls.inference import to_pixels
+    pixels = RGB[:, :24].repeat(2, 0).repeat(2, 1)[:32, :32]
+    assert (to_pixels(as_png(pixels), model.native) == pixels).all()
+
+
+def test_batch_equals_single(model):
+    images = list(np.random.default_rng(1).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8))  # more than one batch of `infer`
+    batch = model.predict_batch(images)
+    for i in (0, 7, 255, 256, 299): np.testing.assert_allclose(list(batch[i]['probabilities'].values()), list(model.predict(images[i])['probabilities'].values()), atol=1e-4)
+    turned = model.predict_batch(images[::-1])[::-1]
+    for a, b in zip(batch, turned): np.testing.assert_allclose(list(a['probabilities'].values()), list(b['probabilities'].values()), atol=1e-4)
+
+
+@pytest.mark.parametrize('images', [[], (), np.zeros((0, 32, 32, 3), np.uint8), iter([])])
+def test_empty_batch(model, images): assert model.predict_batch(images) == []
+
+
+def test_batch_kinds(model):
+    batch = np.stack([RGB, RGB])
+    assert len(model.predict_batch(batch)) == len(model.predict_batch(torch.from_numpy(batch).permute(0, 3, 1, 2))) == len(model.predict_batch(i for i in batch)) == 2
+
+
+# --- pictures to accept
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'P', 'LA', 'PA', 'RGBA', 'RGBX', 'CMYK', 'YCbCr', 'HSV', 'LAB', 'I;16', 'I'])
+@pytest.mark.parametrize('size', [(32, 32), (33, 17)])
+def test_modes(model, mode, size): check(model.predict(Image.new(mode, size)))
+
+
+@pytest.mark.parametrize('mode,kind', [('1', 'PNG'), ('L', 'PNG'), ('P', 'PNG'), ('LA', 'PNG'), ('RGBA', 'PNG'), ('P', 'GIF'), ('CMYK', 'JPEG'),
+                                       ('L', 'JPEG'), ('RGB', 'JPEG'), ('CMYK', 'TIFF'), ('RGB', 'PPM'), ('RGB', 'BMP')])
+def test_files_of_modes(model, mode, kind): check(model.predict(encoded(Image.fromarray(RGB).convert(mode), kind)))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 5000), (5000, 1), (31, 33), (2000, 1500)])
+def test_sizes(model, size): check(model.predict(Image.new('RGB', size, (200, 10, 30))))
+
+
+def test_sixteen_bits_are_scaled_not_cut_off(model):
+    grey = np.random.default_rng(2).integers(0, 256, (32, 32), dtype=np.uint8)
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    want = model.predict(grey)['probabilities']
+    for item in (sixteen, encoded(sixteen), encoded(sixteen, 'TIFF'), Image.fromarray(grey.astype(np.int32) * 257)): assert model.predict(item)['probabilities'] == want
+
+
+def test_exif_rotation(model):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    turned = Image.fromarray(RGB).transpose(Image.Transpose.ROTATE_90)
+    assert model.predict(encoded(turned, exif=exif))['probabilities'] == model.predict(RGB)['probabilities']
+    assert model.predict(encoded(turned))['probabilities'] != model.predict(RGB)['probabilities']
+
+
+def test_first_frame_of_an_animation(model):
+    frames = [Image.new('RGB', (32, 32), c) for c in ('red', 'green')]
+    check(model.predict(encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:])))
+
+
+def test_image_given_is_not_changed(model):
+    image, values = Image.open(io.BytesIO(as_png(RGB))), RGB.copy()
+    model.predict(image), model.predict(values)
+    assert image.size == (40, 24) and (np.asarray(image) == RGB).all() and (values == RGB).all()
+
+
+# --- pictures to refuse
+
+PNG, JPEG = as_png(RGB), encoded(Image.fromarray(RGB), 'JPEG')
+
+
+@pytest.mark.parametrize('data', [b'', b'\0', b'Dear Sir or Madam, this is no picture.', b'\x89PNG\r\n\x1a\n', PNG[:20], PNG[:60], PNG[:-30], JPEG[:3], JPEG[:100],
+                                  JPEG[:-200], b'\xff\xd8\xff' + bytes(500), b'GIF89a', b'II*\0' + bytes(100), b'BM' + bytes(60), b'P6 9 9 255 ',
+                                  b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', b'<svg xmlns="http://www.w3.org/2000/svg"/>', pickle.dumps([1])])
+def test_bytes_that_are_no_picture(model, tmp_path, data):
+    refused(lambda: model.predict(data), 'Cannot use the image: ')
+    (tmp_path/'bad.png').write_bytes(data)
+    refused(lambda: model.predict(tmp_path/'bad.png'), 'bad.png')
+
+
+def test_every_cut_and_many_flips_answer_or_refuse(model):
+    "Whatever a file's damage, the outcome is an answer or a `UserError`."
+    rng = np.random.default_rng(3)
+    for good in (PNG, JPEG, encoded(Image.fromarray(RGB).convert('P'), 'GIF'), encoded(Image.fromarray(RGB), 'TIFF'), encoded(Image.fromarray(RGB), 'BMP')):
+        cases = [good[:n] for n in range(0, len(good), max(1, len(good) // 40))]
+        for _ in range(60):
+            bad = bytearray(good)
+            for at in rng.integers(0, min(len(bad), 400), 4): bad[at] = rng.integers(256)
+            cases.append(bytes(bad))
+        for case in cases:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                try: check(model.predict(case))
+                except UserError as e: assert '\n' not in str(e)
+
+
+@pytest.mark.parametrize('values,needed', [
+    (np.zeros((0, 32, 3), np.uint8), 'empty'), (np.zeros((0, 0), np.uint8), 'empty'), (np.zeros((32, 32, 3)), 'float64'), (np.zeros((32, 32), bool), 'bool'),
+    (np.zeros((32, 32), np.int64), 'int64'), (np.full((32, 32), None), 'object'), (np.zeros((32, 32, 4), np.uint8), '(32, 32, 4)'), (np.zeros((3, 32, 32), np.uint8), '(3, 32, 32)'),
+    (np.zeros((1, 32, 32, 3), np.uint8), '(1, 32, 32, 3)'), (np.zeros(32, np.uint8), '(32,)'), (np.uint8(3) + np.zeros((), np.uint8), ''),
+    (torch.zeros(3, 32, 32), 'float32'), (torch.zeros(3, 32, 32, dtype=torch.bfloat16), 'bfloat16'), (torch.zeros(32, 32, 3, dtype=torch.uint8), '(32, 32, 3)'),
+    (torch.zeros(3, 0, 32, dtype=torch.uint8), 'empty'), (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), '(1, 3, 32, 32)'), (torch.zeros(3, 32, 32, dtype=torch.uint8, device='meta'), ''),
+    (None, 'NoneType'), (7, 'int'), ({'image': 1}, 'dict'), ([[0, 1], [1, 0]], 'list'), (Image.new('F', (8, 8)), 'floats'), (Image.new('RGB', (0, 5)), 'empty'),
+    (Image.fromarray(np.full((4, 4), -5, np.int32)), '65,535'), (open, '')])
+def test_values_that_are_no_picture(model, values, needed):
+    refused(lambda: model.predict(values), 'Cannot use the image: ', needed)
+    refused(lambda: model.predict_batch([RGB, values]), 'Cannot use images[1]: ', needed)
+
+
+@pytest.mark.parametrize('path,needed', [('no/such/file.png', 'no such file'), ('', ''), ('a\0b', ''), ('x' * 5000, ''), ('/dev/null', 'no such file'), ('http://127.0.0.1/a.png', 'no such file')])
+def test_paths_that_lead_nowhere(model, path, needed): refused(lambda: model.predict(path), 'Cannot use the image', needed)
+
+
+def test_folder_given_as_picture(model, tmp_path): refused(lambda: model.predict(tmp_path), str(tmp_path), 'it is a folder')
+
+
+def claims(width, height) -> bytes:
+    "Return a PNG of a few bytes that claims this size."
+    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b'')
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('side', [10_000, 12_000, 60_000])
+def test_decompression_bombs(model, side): refused(lambda: model.predict(claims(side, side)), 'pixels')
+
+
+def test_bomb_that_is_a_lazy_image(model, monkeypatch):
+    lazy = Image.open(io.BytesIO(encoded(Image.new('1', (3000, 3000)))))
+    monkeypatch.setattr('dinocls.inference.MAX_PIXELS', 1_000_000)
+    refused(lambda: model.predict(lazy), '3000×3000 pixels')
+
+
+def test_readers_that_start_other_programs_are_not_asked(): assert not {'EPS', 'WMF', 'PSD'} & set(FORMATS)
+
+
+def test_bad_item_is_named_by_its_index(model, tmp_path):
+    refused(lambda: model.predict_batch([RGB, PNG, PNG[:50], JPEG]), 'images[2]')
+    refused(lambda: model.predict_batch([tmp_path/'gone.png']), 'images[0]', 'gone.png')
+
+
+@pytest.mark.parametrize('one', [RGB, RGB[..., 0], torch.zeros(3, 9, 9, dtype=torch.uint8), Image.new('RGB', (9, 9)), PNG, 'cat.png', {'a': RGB}, None, 3])
+def test_single_image_as_a_batch(model, one): refused(lambda: model.predict_batch(one), 'use predict for a single image')
+
+
+# --- benchmark
+
+
+def test_benchmark(model):
+    speed = model.benchmark(batch_sizes=(4, 1), seconds=0.02)
+    assert speed['fps'] > 0 and list(speed['latency_ms']) == [1, 4] and speed['hardware'] and speed['device'] == 'cpu' and 'torch' in speed['versions']
+    for row in speed['rows']: assert 0 < row['p50_ms'] <= row['p95_ms'] and row['runs'] >= 3
+    assert model.benchmark([PNG, RGB], batch_sizes=(3,), seconds=0.02)['batch'] == 3
+
+
+@pytest.mark.parametrize('options', [{'batch_sizes': ()}, {'batch_sizes': (0, 1)}, {'seconds': 0}, {'images': []}])
+def test_benchmark_refuses(model, options): refused(lambda: model.benchmark(**options), 'benchmark')
+
+
+def test_device_that_is_not_there(saved): refused(lambda: ProductionModel(saved, 'tpu'), 'tpu')
+
+
+# --- folders
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_missing_file(folder, name):
+    (folder/name).unlink()
+    refused(lambda: ProductionModel(folder), name, 'missing')
+    (folder/name).mkdir()
+    refused(lambda: ProductionModel(folder), name, 'missing')
+
+
+@pytest.mark.parametrize('name', FILES[:2])
+def test_one_changed_byte(folder, name):
+    data = bytearray((folder/name).read_bytes())
+    data[data.rindex(b'e') if name == 'config.json' else -1] ^= 1
+    (folder/name).write_bytes(data)
+    refused(lambda: ProductionModel(folder), name)
+
+
+def test_cut_short(folder):
+    (folder/'model.safetensors').write_bytes((folder/'model.safetensors').read_bytes()[:-100])
+    refused(lambda: ProductionModel(folder), 'SHA-256')
+
+
+@pytest.mark.parametrize('name', FILES[1:])
+@pytest.mark.parametrize('content', [b'', b'{', b'[]', b'3', b'null', b'\xff\xfe\0', b'[' * 100_000, b'{"format": '])
+def test_broken_json(folder, name, content):
+    (folder/name).write_bytes(content)
+    refused(lambda: ProductionModel(folder), name)
+
+
+@pytest.mark.parametrize('version', [0, 2, '1', [1], {'a': 1}])
+def test_unknown_format(folder, version):
+    change(folder, format=version)
+    refused(lambda: ProductionModel(folder), 'format', 'reads format 1')
+
+
+def test_places_that_are_no_production_folder(tmp_path):
+    (file := tmp_path/'file').touch()
+    for place, needed in ((tmp_path/'gone', 'no production folder'), (file, 'no production folder'), (tmp_path, 'missing'), ('', 'missing'), ('a\0b', 'no production folder')):
+        refused(lambda: ProductionModel(place), needed)
+
+
+@pytest.mark.parametrize('fields', [
+    {'backbone': 'book-digit'}, {'backbone': 7}, {'backbone': None}, {'image_size': 33}, {'image_size': -32}, {'image_size': '32'}, {'image_size': 64},
+    {'head_widths': []}, {'head_widths': [1] * LAYERS}, {'head_widths': ['a'] * LAYERS}, {'head_widths': [-1] * LAYERS}, {'head_widths': [10**30] * LAYERS},
+    {'head_widths': [10**9] * LAYERS}, {'head_dropout': [2] * LAYERS}, {'head_dropout': ['a'] * LAYERS},
+    {'precision': 'int4'}, {'classes': []}, {'classes': ['a'] * 10}, {'classes': CLASSES[:9]}, {'classes': list(range(10))}, {'classes': 'abcdefghij'},
+    {'preprocessing': None}, {'preprocessing': {}}, {'preprocessing': {'native_size': [0, 32]}}, {'preprocessing': {'native_size': [32, 32], 'mean': [0, 0, 0]}}])
+def test_descriptions_that_fit_nothing(folder, fields):
+    change(folder, **fields)
+    refused(lambda: ProductionModel(folder), str(folder))
+
+
+@pytest.mark.parametrize('content', [b'', b'x', bytes(8), b'\xff' * 100, pickle.dumps({'a': 1})])
+def test_weights_that_are_not_safetensors(folder, content):
+    (folder/'model.safetensors').write_bytes(content)
+    seal(folder)
+    refused(lambda: ProductionModel(folder), 'not a safetensors file')
+
+
+class Trap:
+    "Sets a flag when it is unpickled."
+    sprung = False
+    def __reduce__(self): return (setattr, (Trap, 'sprung', True))
+
+
+def test_pickles_are_not_opened(folder):
+    for write in (lambda f: f.write_bytes(pickle.dumps(Trap())), lambda f: torch.save({'a': Trap()}, f)):
+        write(folder/'model.safetensors')
+        seal(folder)
+        refused(lambda: ProductionModel(folder), 'not a safetensors file')
+    assert not Trap.sprung
+
+
+def test_weights_of_another_model(folder):
+    from safetensors.torch import load_file, save_file
+    good = load_file(folder/'model.safetensors')
+    bias = [k for k in good if k.startswith('head.') and good[k].shape == (10,)][-1]
+    for bad, needed in (({**good, 'more': torch.zeros(1)}, "'more'"), ({k: v for k, v in good.items() if k != bias}, bias), (good | {bias: good[bias].double()}, bias),
+                        (good | {bias: torch.zeros(11)}, bias), (good | {bias: torch.full((10,), torch.nan)}, 'not finite')):
+        save_file(bad, folder/'model.safetensors')
+        seal(folder)
+        refused(lambda: ProductionModel(folder), needed)
+
+
+# --- saving
+
+
+def test_saving_refuses_to_destroy(tmp_path, model):
+    (tmp_path/'home').mkdir()
+    (tmp_path/'home'/'thesis.txt').write_text('years of work')
+    for place in (tmp_path/'home', tmp_path/'home'/'thesis.txt'):
+        refused(lambda: save_production(place, model.model, CFG, CLASSES, {}), 'not a production folder')
+    refused(lambda: save_production(tmp_path/'home'/'thesis.txt'/'p', model.model, CFG, CLASSES, {}), 'Cannot write')
+    assert (tmp_path/'home'/'thesis.txt').read_text() == 'years of work' and len(list(tmp_path.rglob('*'))) == 2
+
+
+def test_failed_save_leaves_the_old_model(tmp_path, model, monkeypatch):
+    folder = save_production(tmp_path/'p', model.model, CFG, CLASSES, {})
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('dinocls.inference.file_digest', full)
+    refused(lambda: save_production(folder, model.model, CFG, CLASSES, {'new': 1}), 'No space left')
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and [p.name for p in tmp_path.iterdir()] == ['p']
+
+
+def test_saving_what_could_not_be_loaded(tmp_path, model):
+    for cfg, classes in ((CFG, CLASSES[:9]), (CFG, ['a'] * 10), (CFG, []), (core.preset('smoke', head_widths=(7,) * len(CFG.head_widths)), CLASSES)):
+        refused(lambda: save_production(tmp_path/'p', model.model, cfg, classes, {}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_round_trip_is_exact_and_repeatable(tmp_path, saved, model):
+    again = save_production(tmp_path/'p', model.model, CFG, CLASSES, {'test': {'accuracy': 0.1, 'n': 100}})
+    for name in FILES: assert (again/name).read_bytes() == (saved/name).read_bytes()
+    assert model.predict(RGB) == ProductionModel(again, 'cpu').predict(RGB)
+    assert model.config['metrics'] == {'test': {'accuracy': 0.1, 'n': 100}}
