@@ -7,9 +7,9 @@ __all__ = ['CHECKS', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAGES', 'UserE
            'ModelConfig', 'AugmentConfig', 'TrainConfig', 'Phase1Config', 'Phase2Config', 'StudyConfig', 'Config',
            'root', 'run_name', 'digest', 'file_digest', 'Preset', 'preset', 'parse_overrides', 'format_overrides',
            'replacing', 'as_os_error', 'write_json', 'read_json', 'open_run', 'version', 'configure', 'progress',
-           'Result', 'save_result', 'View', 'whole', 'Stage', 'stage', 'run_stage', 'stage_record', 'git_commit',
-           'versions', 'hardware', 'cores', 'cpu_name', 'peak_memory', 'metric', 'wilson', 'write_metrics',
-           'read_metrics', 'subplots', 'save_figure', 'save_table']
+           'Result', 'save_result', 'View', 'whole', 'variant', 'Stage', 'stage', 'run_stage', 'stage_record',
+           'git_commit', 'versions', 'hardware', 'cores', 'cpu_name', 'peak_memory', 'metric', 'wilson',
+           'write_metrics', 'read_metrics', 'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
@@ -166,7 +166,7 @@ def _check_choices(cfg):
                         'give one dropout for each hidden layer.')
     if cfg.val_size < 1:
         raise UserError('val_size=0 in the configuration: every choice is made on validation, so give it some images.')
-    if any(len(pair) != 2 for pair in cfg.lr_pairs):
+    if not cfg.lr_pairs or any(len(pair) != 2 for pair in cfg.lr_pairs):
         raise UserError('lr_pairs must be pairs (backbone rate, head rate), as in "((1e-4, 1e-4), (1e-6, 1e-4))".')
 
 CHECKS = [_check_numbers, _check_choices]
@@ -441,6 +441,10 @@ def whole(cfg) -> Config:
     "Return the configuration behind a stage's view."
     return getattr(cfg, '_cfg', cfg) if isinstance(cfg, View) else cfg
 
+def variant(cfg, **changes) -> Config:
+    "Return the configuration with some fields changed, in the same run folder: stages of a study are told apart by their keys."
+    return dataclasses.replace(whole(cfg), out=str(cfg.folder), **changes)
+
 # %% ../nbs/00_core.ipynb #f0713b9e
 class Stage:
     "A function of `Config` whose result is computed once and then loaded."
@@ -478,13 +482,13 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError): return False
     return all((folder/f).is_file() and (folder/f).stat().st_size == size for f, size in record['files'].items())
 
-# %% ../nbs/00_core.ipynb #add181fa
+# %% ../nbs/00_core.ipynb #3bb41689
 def run_stage(stage: Stage, cfg: Config) -> Result:
     "Load the result of a stage, or compute it, the stages before it first."
     from filelock import FileLock
     done, forced = stage.folder(cfg), _forced(stage, cfg)
     if not _is_whole(done) or forced:
-        open_run(cfg)
+        if not (cfg.folder/'run.json').exists(): open_run(cfg)
         for before in stage.after: before(cfg)
         done.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(done.with_suffix('.lock')):
@@ -509,7 +513,7 @@ def _compute(stage: Stage, cfg: Config, done: Path):
     shutil.rmtree(done, ignore_errors=True)
     partial.rename(done)
 
-# %% ../nbs/00_core.ipynb #3bb41689
+# %% ../nbs/00_core.ipynb #ca5de4f4
 def stage_record(stage: Stage, cfg: Config) -> dict:
     "Return the record of a run of a stage: what, from what, by what, on what."
     return {'stage': stage.name, 'key': stage.key(cfg), 'config': {f: getattr(cfg, f) for f in sorted(stage.all_fields)},
@@ -554,7 +558,7 @@ def versions() -> dict:
         with contextlib.suppress(PackageNotFoundError): found[name] = installed(name)
     return found
 
-# %% ../nbs/00_core.ipynb #662573fd
+# %% ../nbs/00_core.ipynb #c9bedb6b
 def hardware() -> dict:
     "Return the processor, its cores and memory, and the accelerator if torch is loaded and sees one."
     import psutil
