@@ -59,7 +59,7 @@ def read_chapter(path: Path) -> Chapter:
     title, claim = re.search(r'# (.+)\n+> (.+)', cells[0]).groups()
     table = next((c for c in cells if '| reads |' in c), '')
     row = lambda name: (re.search(rf'\| {name} \| (.*) \|', table) or [None, ''])[1]
-    return Chapter(path.stem, path, title, claim, tuple(re.findall(r'`(\w+)`', row('reads'))),
+    return Chapter(path.stem, path, title, claim, ('all',) if row('reads') == 'all' else tuple(re.findall(r'`(\w+)`', row('reads'))),
                    {p: seconds(t) for p, t in re.findall(r'(\w+) ([\d.]+ (?:s|min|h))', row('cost'))}, row('runs').startswith('alone'))
 
 def seconds(text: str) -> float:
