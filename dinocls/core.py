@@ -215,11 +215,11 @@ class Preset:
 
 # %% ../nbs/00_core.ipynb #65a6141d
 _DIGITS = dict(dataset='digits', backbone='book-digits', image_size=32, flip=False, crop=1, brightness=0.1, contrast=0.1, saturation=0.0,
-               erasing=0.1, cutmix=0.0, label_smoothing=0.05, head_widths=(128,), head_dropout=(0.2,), batch_size=32, warmup=0.2,
+               erasing=0.1, cutmix=0.0, label_smoothing=0.05, head_widths=(128,), head_dropout=(0.2,), batch_size=32, warmup=0.3,
                phase1_lr=1e-2, lr_backbone=1.5e-3, lr_head=1.5e-3, lr_pairs=((1.5e-3, 1.5e-3), (1.5e-4, 1.5e-2), (1.5e-5, 1.5e-3)))
 _SMOKE = _DIGITS | dict(train_size=200, val_size=100, test_size=100, batch_size=50, phase1_epochs=2, phase2_epochs=2,
                         members=2, study_seeds=2, attention_images=20, benchmark_seconds=0.1)
-_QUICK = _DIGITS | dict(phase1_epochs=10, phase2_epochs=15, members=3, benchmark_seconds=0.5)
+_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=12, members=3, benchmark_seconds=0.5)
 _CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', image_size=32, batch_size=512,
               phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=100, lr_backbone=1e-3, lr_head=1e-3, members=3,
               lr_pairs=((1e-3, 1e-3), (1e-4, 1e-2), (1e-5, 1e-3)))

@@ -155,16 +155,22 @@ def own_point(cfg: Config, rows: list[dict]) -> dict | None:
             'mark': 'measured', 'source': cfg.folder.name, 'low': 100 * low, 'high': 100 * high}
 
 # %% ../nbs/14_report.ipynb #835f92fc
+def _labels(models: list[dict]) -> dict:
+    "Return one label for each place in the chart; models at the same place share it."
+    places = {}
+    for m in models: places.setdefault((m['parameters'], 100 - m['accuracy']), []).append(m['model'].split(',')[0])
+    return {place: ', '.join(names) for place, names in places.items()}
+
 def draw_chart(models: list[dict], own: dict | None):
     "Draw accuracy over parameters, frozen and fine-tuned marked apart; return the figure."
-    fig, ax = subplots(size=(6.4, 4.4))
-    groups = (('as reported', 'fine-tuned', 's', 'C7'), ('', 'fine-tuned', 'o', 'C0'), ('', 'frozen', '^', 'C1'))
-    for mark, how, shape, colour in groups:
+    fig, ax = subplots(size=(6.4, 5.2))
+    groups = (('as reported', 'fine-tuned', 's', 'C7', (7, -3), 'left'), ('', 'fine-tuned', 'o', 'C0', (-6, -3), 'right'), ('', 'frozen', '^', 'C1', (7, 1), 'left'))
+    for mark, how, shape, colour, offset, side in groups:
         some = [m for m in models if (m['mark'] == 'as reported') == bool(mark) and m['how'] == how]
         ax.plot([m['parameters'] for m in some], [100 - m['accuracy'] for m in some], shape, color=colour, label=mark and 'in the reference’s chart, as reported' or f'published, {how}')
-        for m in some: ax.annotate(m['model'].split(',')[0], (m['parameters'], 100 - m['accuracy']), (5, 3), textcoords='offset points', fontsize=6.5)
+        for (x, y), name in _labels(some).items(): ax.annotate(name, (x, y), offset, textcoords='offset points', fontsize=7.5, ha=side)
     if own: ax.errorbar(own['parameters'], 100 - own['accuracy'], [[own['high'] - own['accuracy']], [own['accuracy'] - own['low']]], fmt='D', color='C3', capsize=3, label=own['model'])
-    ax.set(xscale='log', yscale='log', xlabel='parameters (million)', ylabel='error on the CIFAR-10 test set (%)', xlim=(12, 9000), yticks=[0.5, 1, 2, 5], yticklabels=['0.5', '1', '2', '5'])
+    ax.set(xscale='log', yscale='log', xlabel='parameters (million)', ylabel='error on the CIFAR-10 test set (%)', xlim=(12, 15000), yticks=[0.5, 1, 2, 5], yticklabels=['0.5', '1', '2', '5'])
     ax.minorticks_off()
     ax.set_title('The models that a chart leaves out can be the better ones')
     ax.legend(loc='upper right')
