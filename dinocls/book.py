@@ -107,7 +107,7 @@ def execute(path: Path, target: Path, parameters: dict) -> dict:
     try:
         papermill.execute_notebook(str(path), str(work), parameters, kernel_name='python3', cwd=str(root()), progress_bar=False)
     except papermill.PapermillExecutionError as e:
-        error = {'cell': e.cell_index, 'error': e.ename, 'text': core.reason(e.evalue)}
+        error = {'cell': e.cell_index, 'error': e.ename, 'text': e.evalue.strip() and core.reason(e.evalue)}
     except RuntimeError as e: error = {'cell': None, 'error': type(e).__name__, 'text': core.reason(e)}  # the kernel died
     if work.exists():
         with core.replacing(target) as tmp: tmp.write_text(tidy(work.read_text(encoding='utf-8')), encoding='utf-8')
@@ -333,7 +333,7 @@ class Plain:
 def _where(record: dict) -> str:
     "Say in which cell a chapter failed, and with what."
     cell = '' if record.get('cell') is None else f'in cell {record["cell"] + 1}: '
-    return f'{cell}{record.get("error")}: {record.get("text")}'
+    return cell + ': '.join(filter(None, (record.get('error'), record.get('text'))))
 
 # %% ../nbs/15_book.ipynb #31fd9210
 class Live(Plain):
@@ -511,7 +511,7 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
     from rich import box
     from rich.console import Console
     from rich.table import Table
-    cfg, console = settings(preset, config, set or [], out), Console()
+    cfg, console = settings(preset, config, set or [], out), Console(force_jupyter=False)
     for title, columns, rows in (
             ('Chapters', ('chapter', 'claim'), [(c.name, c.claim) for c in chapters()]),
             ('Presets', ('preset', 'for', 'cost', 'expect'), [(n, p.purpose, p.cost, p.expect) for n, p in PRESETS.items()]),
