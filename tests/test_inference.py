@@ -14,7 +14,8 @@ from PIL import Image
 
 from dinocls import core
 from dinocls.core import UserError, file_digest
-from dinocls.inference import FILES, FORMATS, ProductionModel, as_png, save_production
+from dinocls.data import FORMATS
+from dinocls.inference import FILES, ProductionModel, as_png, save_production
 from dinocls.model import classifier
 
 CFG = core.preset('smoke')
@@ -215,7 +216,7 @@ def test_decompression_bombs(model, side): refused(lambda: model.predict(claims(
 
 def test_bomb_that_is_a_lazy_image(model, monkeypatch):
     lazy = Image.open(io.BytesIO(encoded(Image.new('1', (3000, 3000)))))
-    monkeypatch.setattr('dinocls.inference.MAX_PIXELS', 1_000_000)
+    monkeypatch.setattr('dinocls.data.MAX_PIXELS', 1_000_000)
     refused(lambda: model.predict(lazy), '3000×3000 pixels')
 
 
