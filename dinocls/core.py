@@ -9,7 +9,7 @@ __all__ = ['CHECKS', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAGES', 'UserE
            'replacing', 'as_os_error', 'write_json', 'read_json', 'open_run', 'version', 'configure', 'progress',
            'Result', 'save_result', 'View', 'whole', 'variant', 'Stage', 'stage', 'run_stage', 'stage_record',
            'git_commit', 'versions', 'hardware', 'cores', 'cpu_name', 'peak_memory', 'metric', 'wilson',
-           'write_metrics', 'read_metrics', 'subplots', 'save_figure', 'save_table']
+           'write_metrics', 'read_metrics', 'write_history', 'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
@@ -305,6 +305,11 @@ def replacing(path: Path):  # the file to write
     except OSError as e: raise UserError(_cannot_write(path, e)) from None
     finally: Path(name).unlink(missing_ok=True)
 
+def _cannot_write(path, error) -> str:
+    "Say what could not be written, and why."
+    return f'Cannot write {path}: {reason(error)}; free space there or choose another folder with --out.'
+
+# %% ../nbs/00_core.ipynb #751e94aa
 @contextlib.contextmanager
 def as_os_error():
     "Turn the error of a library's own writer, of safetensors or torch, into an `OSError`."
@@ -312,11 +317,7 @@ def as_os_error():
     except OSError: raise
     except Exception as e: raise OSError(reason(e)) from None
 
-def _cannot_write(path, error) -> str:
-    "Say what could not be written, and why."
-    return f'Cannot write {path}: {reason(error)}; free space there or choose another folder with --out.'
-
-# %% ../nbs/00_core.ipynb #751e94aa
+# %% ../nbs/00_core.ipynb #b558db05
 def write_json(path: Path, value):
     "Write a value as indented JSON; floats that are not finite become null."
     text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
@@ -328,7 +329,7 @@ def read_json(path: Path):
     except FileNotFoundError: raise UserError(f'{path} is not there: run the chapter that writes it.') from None
     except (ValueError, OSError) as e: raise UserError(f'{path} cannot be read ({reason(e)}): delete it and run again.') from None
 
-# %% ../nbs/00_core.ipynb #7999e2ee
+# %% ../nbs/00_core.ipynb #dadc1eca
 def _plain(value):
     "Turn NumPy's scalars and arrays, tuples and paths into what JSON knows."
     if isinstance(value, Mapping): return {str(k): _plain(v) for k, v in value.items()}
@@ -338,7 +339,7 @@ def _plain(value):
     if isinstance(value, float): return value if np.isfinite(value) else None
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
-# %% ../nbs/00_core.ipynb #69b257e6
+# %% ../nbs/00_core.ipynb #e82d8e8f
 RUN_FORMAT = 1  # layout of a run folder; raised when an older one could be misread
 
 def open_run(cfg: Config) -> Path:
@@ -356,7 +357,7 @@ def _fields(cfg) -> dict:
     "Return the fields that decide results."
     return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config) if f.name not in WHERE}
 
-# %% ../nbs/00_core.ipynb #01c7f192
+# %% ../nbs/00_core.ipynb #249b1870
 def _check_run(folder: Path, record: dict, wanted: dict):
     "Raise `UserError` unless `record` is of this format and configuration."
     if not isinstance(record, dict) or record.get('format') != RUN_FORMAT:
@@ -368,13 +369,13 @@ def _check_run(folder: Path, record: dict, wanted: dict):
     if other: raise UserError(f'{folder} holds a run with {other[0]}={had.get(other[0])!r}, this one has '
                               f'{other[0]}={wanted[other[0]]!r}: choose another folder with --out, or delete that one.')
 
-# %% ../nbs/00_core.ipynb #e82d8e8f
+# %% ../nbs/00_core.ipynb #aa0f210b
 def version() -> str:
     "Return the installed version of the package."
     from dinocls import __version__
     return __version__
 
-# %% ../nbs/00_core.ipynb #db7cbf63
+# %% ../nbs/00_core.ipynb #9983fe7d
 def configure(name: str,  # preset
               overrides: str = '',  # single fields, as in 'seed=7 batch_size=32'
               out: str = '') -> Config:  # run folder
@@ -445,7 +446,7 @@ def variant(cfg, **changes) -> Config:
     "Return the configuration with some fields changed, in the same run folder: stages of a study are told apart by their keys."
     return dataclasses.replace(whole(cfg), out=str(cfg.folder), **changes)
 
-# %% ../nbs/00_core.ipynb #f0713b9e
+# %% ../nbs/00_core.ipynb #6856ad74
 class Stage:
     "A function of `Config` whose result is computed once and then loaded."
     def __init__(self, fn, reads, after):
@@ -475,14 +476,14 @@ def stage(reads=(),  # groups of `Config` (classes) or names of single fields
     "Turn a function `fn(cfg, folder) -> dict` into a stage."
     return lambda fn: Stage(fn, reads, after)
 
-# %% ../nbs/00_core.ipynb #72a9198a
+# %% ../nbs/00_core.ipynb #8fe5315d
 def _is_whole(folder: Path) -> bool:
     "Tell whether a stage's folder holds a complete result."
     try: record = json.loads((folder/'run.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
-    return all((folder/f).is_file() and (folder/f).stat().st_size == size for f, size in record['files'].items())
+    return all((folder/f).is_file() and (folder/f).stat().st_size == known['bytes'] for f, known in record['files'].items())
 
-# %% ../nbs/00_core.ipynb #3bb41689
+# %% ../nbs/00_core.ipynb #63fef9ea
 def run_stage(stage: Stage, cfg: Config) -> Result:
     "Load the result of a stage, or compute it, the stages before it first."
     from filelock import FileLock
@@ -497,7 +498,7 @@ def run_stage(stage: Stage, cfg: Config) -> Result:
     _warn_if_code_changed(stage, result)
     return result
 
-# %% ../nbs/00_core.ipynb #8fe5315d
+# %% ../nbs/00_core.ipynb #ca5de4f4
 def _compute(stage: Stage, cfg: Config, done: Path):
     "Compute a stage in `<stage>.partial` and rename that when it is complete."
     partial = done.with_suffix('.partial')
@@ -508,12 +509,12 @@ def _compute(stage: Stage, cfg: Config, done: Path):
     kinds = save_result(partial, stage.fn(View(cfg, stage), partial))
     for name in ('checkpoint.pt', 'run.json'): (partial/name).unlink(missing_ok=True)
     record = stage_record(stage, cfg) | {'started': round(start), 'seconds': round(time.perf_counter() - clock, 3), 'parts': kinds,
-                                         'files': {p.name: p.stat().st_size for p in sorted(partial.iterdir())}}
+                                         'files': {p.name: {'bytes': p.stat().st_size, 'sha256': file_digest(p)} for p in sorted(partial.iterdir())}}
     write_json(partial/'run.json', record)
     shutil.rmtree(done, ignore_errors=True)
     partial.rename(done)
 
-# %% ../nbs/00_core.ipynb #ca5de4f4
+# %% ../nbs/00_core.ipynb #1a0160ae
 def stage_record(stage: Stage, cfg: Config) -> dict:
     "Return the record of a run of a stage: what, from what, by what, on what."
     return {'stage': stage.name, 'key': stage.key(cfg), 'config': {f: getattr(cfg, f) for f in sorted(stage.all_fields)},
@@ -530,7 +531,7 @@ def _warn_if_code_changed(stage: Stage, result: Result):
     if result.record.get('code') != _code(stage):
         print(f'Note: the stored result of {stage.name} was made by other code; delete {result.folder.name} or run with --force to renew it.')
 
-# %% ../nbs/00_core.ipynb #1a0160ae
+# %% ../nbs/00_core.ipynb #a29efbb1
 def _forced(stage: Stage, cfg: Config) -> bool:
     "Tell whether a stored result is older than the moment from which `dinocls run --force` wants everything new."
     since = float(os.environ.get('DINOCLS_FORCE_SINCE') or 0)
@@ -539,7 +540,7 @@ def _forced(stage: Stage, cfg: Config) -> bool:
     record = stage.folder(cfg)/'run.json'
     return record.exists() and record.stat().st_mtime < since
 
-# %% ../nbs/00_core.ipynb #a29efbb1
+# %% ../nbs/00_core.ipynb #c9bedb6b
 def git_commit() -> str:
     "Return the commit of the checkout, with `+` if there are changes; empty outside git."
     def git(*args): return subprocess.run(['git', *args], cwd=root(), capture_output=True, text=True, timeout=10)
@@ -549,7 +550,7 @@ def git_commit() -> str:
         return head.stdout.strip() + ('+' if changed.strip() else '') if head.returncode == 0 else ''
     except (OSError, subprocess.SubprocessError): return ''
 
-# %% ../nbs/00_core.ipynb #df290109
+# %% ../nbs/00_core.ipynb #1fd52c3c
 def versions() -> dict:
     "Return the versions of Python and of the libraries that decide results."
     from importlib.metadata import PackageNotFoundError, version as installed
@@ -558,7 +559,7 @@ def versions() -> dict:
         with contextlib.suppress(PackageNotFoundError): found[name] = installed(name)
     return found
 
-# %% ../nbs/00_core.ipynb #c9bedb6b
+# %% ../nbs/00_core.ipynb #f3871718
 def hardware() -> dict:
     "Return the processor, its cores and memory, and the accelerator if torch is loaded and sees one."
     import psutil
@@ -572,7 +573,7 @@ def cores() -> int:
     "Return the number of processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-# %% ../nbs/00_core.ipynb #1fd52c3c
+# %% ../nbs/00_core.ipynb #4fbca008
 def cpu_name() -> str:
     "Return the processor's model name."
     try:
@@ -581,7 +582,7 @@ def cpu_name() -> str:
     except OSError: pass
     return platform.processor() or platform.machine()
 
-# %% ../nbs/00_core.ipynb #f3871718
+# %% ../nbs/00_core.ipynb #d3cac14f
 def peak_memory() -> dict:
     "Return the peak memory of this process so far, in MB: resident, and on the GPU if there is one."
     import psutil
@@ -593,7 +594,7 @@ def peak_memory() -> dict:
     gpu = {'gpu': round(torch.cuda.max_memory_allocated() / 2**20)} if torch and torch.cuda.is_available() else {}
     return {'resident': round(peak), **gpu}
 
-# %% ../nbs/00_core.ipynb #ef81ebb9
+# %% ../nbs/00_core.ipynb #9fddb0c7
 def metric(name: str,  # what was measured
            value: float,  # accuracies as fractions
            split: str = 'test',  # train, val or test
@@ -603,7 +604,7 @@ def metric(name: str,  # what was measured
     "Return one row of metrics."
     return {'metric': name, 'value': None if value is None else float(value), 'split': split, 'n': int(n), 'seed': seed, **more}
 
-# %% ../nbs/00_core.ipynb #bf1ca9b1
+# %% ../nbs/00_core.ipynb #0776c51d
 def wilson(accuracy: float,  # fraction right
            n: int) -> tuple[float, float]:  # images
     "Return the 95 % Wilson interval of an accuracy over n images."
@@ -611,7 +612,7 @@ def wilson(accuracy: float,  # fraction right
     interval = binomtest(round(accuracy * n), n).proportion_ci(0.95, method='wilson')
     return float(interval.low), float(interval.high)
 
-# %% ../nbs/00_core.ipynb #0776c51d
+# %% ../nbs/00_core.ipynb #fae41d89
 def write_metrics(cfg: Config, chapter: str,  # as in '05_phase1'
                   rows: list[dict]) -> list[dict]:
     "Write a chapter's rows into its folder of the run, and return them complete."
@@ -623,7 +624,11 @@ def read_metrics(cfg: Config) -> list[dict]:
     "Read the rows of all chapters of a run."
     return [row for file in sorted(cfg.folder.glob('*/metrics.json')) for row in read_json(file)]
 
-# %% ../nbs/00_core.ipynb #97a0f4f5
+def write_history(cfg: Config, chapter: str, rows: list[dict]):
+    "Write a training curve into a chapter's folder of the run, one line of JSON an epoch."
+    with replacing(cfg.folder/chapter/'history.jsonl') as tmp: tmp.write_text(''.join(json.dumps(_plain(row)) + '\n' for row in rows), encoding='utf-8')
+
+# %% ../nbs/00_core.ipynb #2a679897
 def subplots(rows: int = 1, cols: int = 1,
              size: tuple = (6.4, 3.6),  # inches
              **kwargs):  # for `plt.subplots`
@@ -632,7 +637,7 @@ def subplots(rows: int = 1, cols: int = 1,
     plt.style.use('dinocls.book')
     return plt.subplots(rows, cols, figsize=size, **kwargs)
 
-# %% ../nbs/00_core.ipynb #9296fa92
+# %% ../nbs/00_core.ipynb #c4f09225
 def save_figure(cfg: Config, chapter: str, name: str, fig):
     "Write a figure as `<chapter>/<name>.png` into the run; the notebook shows it as the cell ends."
     with replacing(cfg.folder/chapter/f'{name}.png') as tmp: fig.savefig(tmp, metadata={'Software': None})

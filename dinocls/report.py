@@ -195,8 +195,9 @@ def draw_chart(models: list[dict], own: dict | None):
 def results(cfg: Config) -> dict:
     "Return all that a run knows of itself: configuration, metrics, comparison, and the records of its stages."
     records = [read_json(p) for p in sorted((cfg.folder/'stages').glob('*/run.json')) if p.parent.suffix != '.partial']
-    keep = ('stage', 'key', 'upstream', 'git', 'versions', 'hardware', 'seconds', 'peak_memory_mb')
+    keep = ('stage', 'key', 'config', 'upstream', 'git', 'versions', 'hardware', 'seconds', 'peak_memory_mb', 'files')
     return {'run': cfg.folder.name, 'version': version(), 'preset': cfg.preset, 'config': read_json(cfg.folder/'run.json')['config'],
+            'data': [read_json(p)['fingerprint'] for p in (cfg.folder/'stages').glob('splits-*/result.json')],  # SHA-256 of images and labels
             'metrics': read_metrics(cfg), 'reported_and_measured': compare(cfg), 'stages': [{k: r.get(k) for k in keep} for r in records]}
 
 # %% ../nbs/14_report.ipynb #8edbce9e
