@@ -7,6 +7,7 @@ __all__ = ['MAX_PIXELS', 'FORMATS', 'LOADERS', 'Dataset', 'data_folder', 'to_rgb
            'compare_splits', 'check_splits', 'splits', 'load_split', 'batches']
 
 # %% ../nbs/01_data.ipynb #b64af1ee
+import functools
 import io
 import os
 from dataclasses import dataclass
@@ -153,6 +154,11 @@ def load_dataset(name: str,  # digits, cifar10, cifar100 or imagefolder
     if name not in LOADERS: raise UserError(f'Unknown dataset {name!r}: {nearest(name, LOADERS)}')
     return LOADERS[name](root or '')
 
+@functools.lru_cache(maxsize=1)
+def _loaded(name: str, root: str) -> Dataset:
+    "Load a dataset once for all that this process asks of it."
+    return load_dataset(name, root)
+
 # %% ../nbs/01_data.ipynb #4c5b4b6e
 def _draw(indices: np.ndarray, labels: np.ndarray, size: int, seed: int, what: str) -> tuple[np.ndarray, np.ndarray]:
     "Split indices into (rest, drawn), stratified by label."
@@ -205,7 +211,7 @@ def check_splits(rows: list[dict]) -> list[dict]:
 @stage(reads=[DataConfig])
 def splits(cfg, folder):
     "Load the dataset, split it, and check the splits."
-    data = load_dataset(cfg.dataset, cfg.data_root)
+    data = _loaded(cfg.dataset, cfg.data_root)
     parts = make_splits(data, cfg)
     return {**parts, 'labels': data.labels, 'classes': data.classes, 'fingerprint': data.fingerprint,
             'checks': check_splits(compare_splits(data, parts))}
@@ -215,7 +221,7 @@ def load_split(cfg, name: str,  # train, val or test
                device='cpu'):
     "Return a split's images, uint8 (n, 3, height, width), and labels, int64 (n,), as tensors on the device."
     import torch
-    data, index = load_dataset(cfg.dataset, cfg.data_root), splits(cfg)[name]
+    data, index = _loaded(cfg.dataset, cfg.data_root), splits(cfg)[name]
     images = torch.from_numpy(data.images[index]).permute(0, 3, 1, 2).contiguous()
     return images.to(device), torch.from_numpy(data.labels[index]).to(device)
 
