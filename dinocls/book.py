@@ -116,12 +116,13 @@ def execute(path: Path, target: Path, parameters: dict) -> dict:
 
 # %% ../nbs/15_book.ipynb #1bc55742
 def tidy(notebook: str) -> str:
-    "Take times, durations and this machine's paths out of an executed notebook."
+    "Take times, durations, random ids and this machine's paths out of an executed notebook."
     nb = json.loads(notebook)
     nb['metadata'].pop('papermill', None)
     nb['metadata'].get('language_info', {}).pop('version', None)
     for cell in nb['cells']:
         cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k == 'tags'}
+        if 'injected-parameters' in cell['metadata'].get('tags', ()): cell['id'] = 'injected-parameters'  # papermill draws one at random
         for output in cell.get('outputs', ()): output.get('metadata', {}).pop('papermill', None)
     text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
     for folder, short in ((str(root()) + os.sep, ''), (str(Path.home()), '~')): text = text.replace(folder, short)
