@@ -479,9 +479,10 @@ def stage(reads=(),  # groups of `Config` (classes) or names of single fields
 # %% ../nbs/00_core.ipynb #8fe5315d
 def _is_whole(folder: Path) -> bool:
     "Tell whether a stage's folder holds a complete result."
-    try: record = json.loads((folder/'run.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return False
-    return all((folder/f).is_file() and (folder/f).stat().st_size == known['bytes'] for f, known in record['files'].items())
+    try:
+        files = json.loads((folder/'run.json').read_text(encoding='utf-8'))['files']
+        return all((folder/name).stat().st_size == known['bytes'] for name, known in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return False  # missing, damaged, or of another layout
 
 # %% ../nbs/00_core.ipynb #63fef9ea
 def run_stage(stage: Stage, cfg: Config) -> Result:
