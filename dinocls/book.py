@@ -463,6 +463,8 @@ def settings(preset: str, config: Path | None, fields: list[str], out: Path | No
         raise UserError(f'--preset {preset} contradicts preset: {given["preset"]} in {config}: give one of them.')
     name = given.pop('preset', None) or preset or 'quick'
     given |= core.parse_overrides(' '.join(core.shlex.quote(f) for f in fields))
+    for field in ('data_root', 'weights'):  # chapters run in the project's folder, paths are meant from this one
+        if given.get(field, '') not in ('', 'random') and Path.cwd() != root(): given[field] = str(Path(given[field]).expanduser().absolute())
     return core.preset(name, **given | ({'out': str(out)} if out else {}))
 
 # %% ../nbs/15_book.ipynb #01811fba

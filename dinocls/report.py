@@ -56,9 +56,9 @@ def _study_rows() -> list[dict]:
     ablation = (('baseline: frozen backbone', 98.10, None, 'baseline'), ('+ MixUp', 98.36, 0.26, 'mixup'), ('+ EMA', 85.56, 0.30, 'ema'), ('full system', 99.52, 1.42, 'full'))
     rates = (('1e-4 / 1e-4', 85.2), ('1e-5 / 1e-3', 97.8), ('1e-6 / 1e-4', 99.52))
     return ([_row('embedding', item, v, unit, '08_probe', name) for item, v, unit, name in probes]
-            + [_row('ablation', item, v, '%', '09_ablation', f'ablation:{name}', 'val') for item, v, _, name in ablation]
+            + [_row('ablation', f'{item}, val', v, '%', '09_ablation', f'ablation:{name}', 'val') for item, v, _, name in ablation]
             + [_row('ablation', f'{item}, gain', g, 'points', '09_ablation', f'ablation_gain:{name}', 'val') for item, _, g, name in ablation if g]
-            + [_row('learning rates', f'backbone {item} head', v, '%', '09_ablation', f'lr_pair:{i}', 'val') for i, (item, v) in enumerate(rates)])
+            + [_row('learning rates', f'backbone {item} head, val', v, '%', '09_ablation', f'lr_pair:{i}', 'val') for i, (item, v) in enumerate(rates)])
 
 # %% ../nbs/14_report.ipynb #7242603c
 def _analysis_rows() -> list[dict]:
@@ -112,7 +112,8 @@ def _compared(spec: dict, row: dict | None, same: bool) -> dict:
     low, high = interval(row)
     exact = spec['section'] == 'model'
     remark = ('agrees' if row['value'] == spec['reported'] else 'differs') if exact else '' if same else 'not comparable'
-    return keep | {'measured': row['value'] * scale, 'low': low and low * scale, 'high': high and high * scale, 'n': row['n'] or None, 'remark': remark}
+    if 'lr_backbone' in row and not same: remark += f'; run at {row["lr_backbone"]:g} / {row["lr_head"]:g}'
+    return keep | {'measured': int(row['value']) if isinstance(spec['reported'], int) else row['value'] * scale, 'low': low and low * scale, 'high': high and high * scale, 'n': row['n'] or None, 'remark': remark}
 
 # %% ../nbs/14_report.ipynb #418ca23c
 PROPORTIONS = r'(accuracy|top5|error_rate|knn:\w+|linear:\w+|clean)'  # one model's share of n images
