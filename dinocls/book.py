@@ -6,8 +6,8 @@
 __all__ = ['CONTENTS', 'app', 'PresetOption', 'ConfigOption', 'SetOption', 'OutOption', 'Chapter', 'notebook_folder',
            'read_chapter', 'seconds', 'chapters', 'choose', 'check_parameters', 'execute', 'tidy', 'chapter_digest',
            'is_current', 'jobs', 'Job', 'launch', 'parameters', 'urgency', 'Run', 'duration', 'Plain', 'Live',
-           'run_book', 'stages', 'short', 'write_pages', 'settings', 'run', 'stage', 'list_', 'download', 'doctor',
-           'examine', 'colab_cells', 'as_source', 'chapter_table', 'preset_table', 'sync', 'main']
+           'run_book', 'stages', 'short', 'write_pages', 'settings', 'run', 'stage', 'list_', 'download', 'publish',
+           'doctor', 'examine', 'colab_cells', 'as_source', 'chapter_table', 'preset_table', 'sync', 'main']
 
 # %% ../nbs/15_book.ipynb #18cb4e19
 import contextlib
@@ -134,7 +134,7 @@ def chapter_digest(chapter: Chapter, book: list[Chapter], cfg: Config) -> str:
     below = [c.module for c in book if c.name <= chapter.name]
     sources = {m: core.file_digest(p) for m in below if (p := Path(core.__file__).with_name(f'{m}.py')).exists()}
     values = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name != 'out'}
-    return core.digest([core.file_digest(chapter.path), sources, values, core.versions()])
+    return core.digest([core.file_digest(chapter.path), sources, values, core.weights_digest(cfg.backbone, cfg.weights), core.versions()])
 
 # %% ../nbs/15_book.ipynb #858e67fd
 def is_current(chapter: Chapter, book: list[Chapter], cfg: Config) -> bool:
@@ -529,12 +529,19 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
 def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None):
     "Fetch the data and the weights that a preset needs."
     from dinocls.data import load_dataset
-    from dinocls.model import BACKBONES, backbone
+    from dinocls.model import backbone
     cfg = settings(preset, config, set or [], None)
     data = load_dataset(cfg.dataset, cfg.data_root)
     print(f'{cfg.dataset}: {len(data.images):,} images are at hand.')
     backbone(cfg.backbone, cfg.image_size, cfg.weights or None)
-    print(f'{cfg.backbone}: {"weights are at hand" if BACKBONES[cfg.backbone].timm else "starts from random weights, nothing to fetch"}.')
+    print(f'{cfg.backbone}: {"random weights, nothing to fetch" if cfg.weights == "random" else "weights are at hand"}.')
+
+# %% ../nbs/15_book.ipynb #811a36ff
+@app.command()
+def publish(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
+    "Pre-train one of the book's own backbones and put its weights into the package."
+    from dinocls.pretrain import publish as make
+    print(f'{short(make(settings(preset, config, set or [], out)))} is written, and its record beside it.')
 
 # %% ../nbs/15_book.ipynb #2d7d0f96
 @app.command()
@@ -567,8 +574,9 @@ def _data_at_hand(cfg: Config) -> str:
 def _weights_at_hand(cfg: Config) -> str:
     "Say whether the configured weights are there, without fetching them."
     from dinocls.model import BACKBONES
-    if cfg.weights == 'random' or not (cfg.weights or BACKBONES[cfg.backbone].timm): return 'random'
+    if cfg.weights == 'random': return 'random'
     if cfg.weights: return f'{cfg.weights}{"" if Path(cfg.weights).expanduser().exists() else " (not there)"}'
+    if not BACKBONES[cfg.backbone].timm: return f'{cfg.backbone}, {"inside" if core.shipped(cfg.backbone).is_file() else "not in"} the package'
     from huggingface_hub import try_to_load_from_cache
     found = any(isinstance(try_to_load_from_cache(f'timm/{BACKBONES[cfg.backbone].timm}', f), str) for f in ('model.safetensors', 'pytorch_model.bin'))
     return f'{cfg.backbone}, in the cache' if found else f'{cfg.backbone} is not in the cache yet: dinocls download fetches it'

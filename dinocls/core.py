@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['CHECKS', 'CHOICES', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAGES', 'UserError', 'nearest', 'reason',
            'DataConfig', 'ModelConfig', 'AugmentConfig', 'TrainConfig', 'Phase1Config', 'Phase2Config', 'StudyConfig',
-           'Config', 'root', 'run_name', 'digest', 'file_digest', 'Preset', 'preset', 'parse_overrides',
-           'format_overrides', 'replacing', 'as_os_error', 'write_json', 'read_json', 'open_run', 'version',
-           'configure', 'progress', 'Result', 'save_result', 'View', 'whole', 'variant', 'Stage', 'stage', 'run_stage',
-           'stage_record', 'git_commit', 'versions', 'hardware', 'cores', 'cpu_name', 'peak_memory', 'metric', 'wilson',
-           'write_metrics', 'read_metrics', 'write_history', 'subplots', 'save_figure', 'save_table']
+           'ViewConfig', 'PretrainConfig', 'Config', 'root', 'run_name', 'digest', 'file_digest', 'Preset', 'preset',
+           'parse_overrides', 'format_overrides', 'replacing', 'as_os_error', 'write_json', 'read_json', 'open_run',
+           'version', 'configure', 'progress', 'Result', 'save_result', 'View', 'whole', 'variant', 'shipped',
+           'weights_digest', 'Stage', 'stage', 'run_stage', 'stage_record', 'git_commit', 'versions', 'hardware',
+           'cores', 'cpu_name', 'peak_memory', 'metric', 'wilson', 'write_metrics', 'read_metrics', 'write_history',
+           'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -129,7 +131,44 @@ class StudyConfig:
 
 # %% ../nbs/00_core.ipynb #8e836ca5
 @dataclass(frozen=True)
-class Config(StudyConfig, Phase2Config, Phase1Config, TrainConfig, AugmentConfig, ModelConfig, DataConfig):
+class ViewConfig:
+    "How the views that pre-training compares are drawn, each by its own random numbers."
+    view_zoom: tuple = (0.45, 1.0)  # side of the part that is seen, over the side of the image; below 1 anywhere inside it
+    view_aspect: float = 0.15  # largest logarithm of height over width
+    view_rotation: float = 0.0  # largest angle, in degrees
+    view_shear: float = 0.0  # largest slope
+    view_shift: float = 0.0  # largest further shift, over half the side
+    view_elastic: float = 0.0  # deviation of a smooth random displacement, over half the side
+    view_flip: bool = True  # mirror half of the views
+    view_brightness: float = 0.4  # factor drawn from 1 ± this
+    view_contrast: float = 0.4  # factor drawn from 1 ± this
+    view_saturation: float = 0.4  # factor drawn from 1 ± this
+    view_grey: float = 0.2  # probability that all colour is taken away
+    view_noise: float = 0.0  # largest deviation of added noise, of the range 0 … 1
+    view_erasing: float = 0.0  # probability of Random Erasing
+    view_start: float = 0.4  # share of all these at the beginning of training; it rises to 1
+    view_ramp: float = 0.5  # share of training until then
+
+# %% ../nbs/00_core.ipynb #2b2d528b
+@dataclass(frozen=True)
+class PretrainConfig:
+    "How the book's own backbones learn without labels (appendix A1)."
+    pretrain_method: str = 'dino'  # dino (a student learns from its own average) or simclr (contrast)
+    pretrain_epochs: int = 100  # passes over the training split
+    pretrain_batch: int = 256  # images a step, two views each
+    pretrain_lr: float = 1e-3  # peak rate
+    projection: tuple = (512, 64)  # widths of the projection head: hidden, bottleneck
+    prototypes: int = 1024  # outputs of the student's head
+    centring: str = 'sinkhorn'  # what keeps the teacher from one answer for all: sinkhorn or mean
+    teacher_temperature: float = 0.05  # below the student's 0.1: the teacher is surer
+    teacher_momentum: float = 0.99  # of the teacher, at the beginning; it rises to 1
+    local_views: int = 0  # further small views an image, which only the student sees
+    koleo: float = 0.0  # weight of the loss that spreads embeddings
+    patch_loss: float = 0.0  # weight of the loss on masked patches
+
+# %% ../nbs/00_core.ipynb #043c73d5
+@dataclass(frozen=True)
+class Config(PretrainConfig, ViewConfig, StudyConfig, Phase2Config, Phase1Config, TrainConfig, AugmentConfig, ModelConfig, DataConfig):
     "Every choice there is, in one place."
     preset: str = 'quick'  # the preset that it started from
     out: str = ''  # run folder; empty: outputs/<preset and overrides>
@@ -146,10 +185,13 @@ class Config(StudyConfig, Phase2Config, Phase1Config, TrainConfig, AugmentConfig
 # %% ../nbs/00_core.ipynb #7ba296ec
 def _check_numbers(cfg):
     "Refuse numbers that no run could use."
-    at_least_1 = 'batch_size image_size members study_seeds knn_k attention_images checkpoint_every phase1_epochs phase2_epochs'
+    at_least_1 = ('batch_size image_size members study_seeds knn_k attention_images checkpoint_every phase1_epochs phase2_epochs '
+                  'pretrain_epochs prototypes')
     not_negative = ('train_size val_size test_size crop weight_decay label_smoothing clip_norm mixup cutmix brightness contrast '
-                    'saturation phase1_lr lr_backbone lr_head split_seed seed')
-    below_1 = 'erasing warmup label_smoothing ema_decay brightness contrast saturation'
+                    'saturation phase1_lr lr_backbone lr_head split_seed seed pretrain_lr local_views koleo patch_loss view_aspect view_rotation '
+                    'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start')
+    below_1 = ('erasing warmup label_smoothing ema_decay brightness contrast saturation teacher_momentum view_erasing view_brightness '
+               'view_contrast view_saturation')
     for names, fine, rule in ((at_least_1, lambda v: v >= 1, 'at least 1'), (not_negative, lambda v: v >= 0, '0 or more'),
                               (below_1, lambda v: 0 <= v < 1, 'from 0 up to, not including, 1')):
         for name in names.split():
@@ -168,12 +210,18 @@ def _check_choices(cfg):
                         'give one dropout for each hidden layer.')
     if cfg.val_size < 1:
         raise UserError('val_size=0 in the configuration: every choice is made on validation, so give it some images.')
+    if cfg.pretrain_batch < 2: raise UserError(f'pretrain_batch={cfg.pretrain_batch} in the configuration: images are compared with each other, so it must be at least 2.')
+    for name in ('teacher_temperature', 'teacher_momentum'):
+        if not getattr(cfg, name) > 0: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be above 0.')
+    for name in ('view_zoom', 'projection'):
+        if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) <= 0: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be two numbers above 0.')
     if not cfg.lr_pairs or any(len(pair) != 2 for pair in cfg.lr_pairs):
         raise UserError('lr_pairs must be pairs (backbone rate, head rate), as in "((1e-4, 1e-4), (1e-6, 1e-4))".')
 
 CHECKS = [_check_numbers, _check_choices]
 CHOICES = {'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'dataset': ('digits', 'cifar10', 'cifar100', 'imagefolder'),
-           'backbone': ('book-digits', 'book-cifar', 'dinov2_vits14', 'dinov2_vitb14', 'dinov2_vitl14')}
+           'backbone': ('book-digits', 'book-cifar', 'dinov2_vits14', 'dinov2_vitb14', 'dinov2_vitl14'),
+           'pretrain_method': ('dino', 'simclr'), 'centring': ('sinkhorn', 'mean')}
 
 # %% ../nbs/00_core.ipynb #bdcb5e73
 def root() -> Path:
@@ -218,13 +266,16 @@ class Preset:
     fields: dict  # differences from the defaults of `Config`
 
 # %% ../nbs/00_core.ipynb #65a6141d
-_DIGITS = dict(dataset='digits', backbone='book-digits', image_size=32, flip=False, crop=1, brightness=0.1, contrast=0.1, saturation=0.0,
-               erasing=0.1, cutmix=0.0, label_smoothing=0.05, head_widths=(128,), head_dropout=(0.2,), batch_size=32, warmup=0.3,
-               phase1_lr=1e-2, lr_backbone=1.5e-3, lr_head=1.5e-3, lr_pairs=((1.5e-3, 1.5e-3), (1.5e-4, 1.5e-2), (1.5e-5, 1.5e-3)))
+_DIGITS = dict(dataset='digits', backbone='book-digits', image_size=32, flip=False, crop=1, batch_size=32,
+               phase1_lr=1e-2, lr_backbone=1e-4, lr_head=1e-2, lr_pairs=((1e-2, 1e-2), (1e-3, 1e-1), (1e-4, 1e-2)),
+               view_zoom=(0.85, 1.18), view_rotation=15.0, view_shear=0.15, view_shift=0.12, view_elastic=0.12, view_flip=False,
+               view_brightness=0.3, view_saturation=0.0, view_grey=0.0, view_noise=0.05, view_erasing=0.25,
+               pretrain_batch=128, pretrain_lr=2e-3, prototypes=128, teacher_momentum=0.9)
 _SMOKE = _DIGITS | dict(train_size=200, val_size=100, test_size=100, batch_size=50, phase1_epochs=2, phase2_epochs=2,
-                        members=2, study_seeds=2, attention_images=20, benchmark_seconds=0.1)
-_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=12, members=3, benchmark_seconds=0.5)
-_CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', image_size=32, batch_size=512,
+                        members=2, study_seeds=2, attention_images=20, benchmark_seconds=0.1,
+                        pretrain_epochs=2, pretrain_batch=50)
+_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, benchmark_seconds=0.5, pretrain_epochs=16)
+_CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32, batch_size=512,
               phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=100, lr_backbone=1e-3, lr_head=1e-3, members=3,
               lr_pairs=((1e-3, 1e-3), (1e-4, 1e-2), (1e-5, 1e-3)))
 _REFERENCE = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='dinov2_vitb14', image_size=224, batch_size=64,
@@ -236,7 +287,7 @@ PRESETS = {
     'smoke': Preset('tests: each chapter in seconds', '2 min for the book on 2 CPU cores, no network',
                     'every cell runs; the scores mean nothing', _SMOKE),
     'quick': Preset('the embedded default: the whole book on real digits', '5 min on 2 CPU cores, no network',
-                    'a small ViT trained from scratch, some points below raw-pixel k-NN', _QUICK),
+                    'a small ViT, pre-trained without labels: about 99 % on 360 test digits', _QUICK),
     'cifar': Preset('a real experiment without a model download', 'not measured yet; one GPU, CIFAR-10 download of 170 MB',
                     'not measured yet', _CIFAR),
     'reference': Preset('the reference recipe exactly', '6 h on a T4 as reported, not measured yet; model download of 350 MB',
@@ -450,6 +501,21 @@ def variant(cfg, **changes) -> Config:
     "Return the configuration with some fields changed, in the same run folder: stages of a study are told apart by their keys."
     return dataclasses.replace(whole(cfg), out=str(cfg.folder), **changes)
 
+# %% ../nbs/00_core.ipynb #ea723699
+def shipped(backbone: str) -> Path:
+    "Return where the package keeps the weights of one of the book's own backbones, whether they are there or not."
+    import dinocls
+    return Path(dinocls.__path__[0])/'weights'/f'{backbone}.safetensors'
+
+def weights_digest(backbone: str, weights: str) -> str:
+    "Return the SHA-256 of the file that a backbone starts from; empty if there is none, as for random weights or a hub's."
+    file = Path(weights).expanduser() if weights else shipped(backbone)
+    if weights == 'random' or not file.is_file(): return ''
+    return _digest_of(file, file.stat().st_mtime_ns, file.stat().st_size)
+
+@functools.lru_cache
+def _digest_of(file: Path, mtime: int, size: int) -> str: return file_digest(file)
+
 # %% ../nbs/00_core.ipynb #6856ad74
 class Stage:
     "A function of `Config` whose result is computed once and then loaded."
@@ -463,7 +529,9 @@ class Stage:
     def key(self, cfg) -> str:
         "Return the key of the result, 64 hex digits."
         cfg = whole(cfg)
-        return digest([self.name, {f: getattr(cfg, f) for f in self.fields}, [s.key(cfg) for s in self.after]])
+        values = {f: getattr(cfg, f) for f in self.fields}
+        if 'weights' in values: values['weights_digest'] = weights_digest(cfg.backbone, cfg.weights)
+        return digest([self.name, values, [s.key(cfg) for s in self.after]])
 
     def folder(self, cfg) -> Path:
         "Return the folder of the result."
@@ -522,7 +590,7 @@ def _compute(stage: Stage, cfg: Config, done: Path):
 # %% ../nbs/00_core.ipynb #1a0160ae
 def stage_record(stage: Stage, cfg: Config) -> dict:
     "Return the record of a run of a stage: what, from what, by what, on what."
-    return {'stage': stage.name, 'key': stage.key(cfg), 'config': {f: getattr(cfg, f) for f in sorted(stage.all_fields)},
+    return {'stage': stage.name, 'key': stage.key(cfg), 'weights': weights_digest(cfg.backbone, cfg.weights) if 'weights' in stage.all_fields else '', 'config': {f: getattr(cfg, f) for f in sorted(stage.all_fields)},
             'upstream': {s.name: s.key(cfg) for s in stage.after}, 'code': _code(stage), 'git': git_commit(),
             'versions': versions(), 'hardware': hardware(), 'peak_memory_mb': peak_memory()}
 

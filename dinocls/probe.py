@@ -68,7 +68,7 @@ STRENGTHS = (1e-3, 0.03, 1.0, 30.0)  # scikit-learn's C: larger is weaker regula
 def linear_probe(train_feats, train_labels,  # (n, dim), (n,)
                  val_feats, val_labels,  # choose C
                  test_feats=None,  # scored with the chosen C
-                 strengths=STRENGTHS, max_iter: int = 200) -> dict:
+                 strengths=STRENGTHS, max_iter: int = 500) -> dict:
     "Fit logistic regression on standardised features, C chosen on validation; return C, classes, the grid, predictions and probabilities."
     from sklearn.preprocessing import StandardScaler
     scaler = StandardScaler().fit(np.asarray(train_feats, np.float32))
@@ -87,7 +87,7 @@ def _fits(x, labels, strengths, max_iter: int):
     "Yield one logistic regression, fitted for each strength from where the last ended, and whether it converged."
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    model = LogisticRegression(max_iter=max_iter, warm_start=True)
+    model = LogisticRegression(max_iter=max_iter, warm_start=True, tol=1e-5)  # at 1e-4 the chosen C depends on the number of threads
     for C in strengths:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)
