@@ -531,7 +531,7 @@ def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOpt
     from dinocls.data import load_dataset
     from dinocls.model import backbone
     cfg = settings(preset, config, set or [], None)
-    data = load_dataset(cfg.dataset, cfg.data_root)
+    data = load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken)
     print(f'{cfg.dataset}: {len(data.images):,} images are at hand.')
     backbone(cfg.backbone, cfg.image_size, cfg.weights or None)
     print(f'{cfg.backbone}: {"random weights, nothing to fetch" if cfg.weights == "random" else "weights are at hand"}.')
@@ -564,12 +564,11 @@ def examine(cfg: Config) -> dict:
 # %% ../nbs/15_book.ipynb #cb637a2a
 def _data_at_hand(cfg: Config) -> str:
     "Say whether the configured dataset is there, without fetching it."
-    from dinocls.data import data_folder
+    from dinocls.data import at_hand, data_folder
     if cfg.dataset == 'digits': return 'digits, inside scikit-learn'
     if cfg.dataset == 'imagefolder': return f'{cfg.data_root or "data_root is not set"}{"" if Path(cfg.data_root or "/nowhere", "train").is_dir() else " (no train folder there)"}'
-    found = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'}.get(cfg.dataset, cfg.dataset)
     folder = data_folder(cfg.data_root)
-    return f'{cfg.dataset} in {folder}' if (folder/found).exists() else f'{cfg.dataset} is not in {folder} yet: dinocls download fetches it'
+    return f'{cfg.dataset} in {folder}' if at_hand(cfg.dataset, cfg.data_root) else f'{cfg.dataset} is not in {folder} yet: dinocls download fetches it'
 
 def _weights_at_hand(cfg: Config) -> str:
     "Say whether the configured weights are there, without fetching them."

@@ -59,12 +59,14 @@ def reason(error: Exception | str) -> str:
 @dataclass(frozen=True)
 class DataConfig:
     "What is learned from."
-    dataset: str = 'digits'  # name of a dataset: digits, cifar10, cifar100 or imagefolder
+    dataset: str = 'digits'  # name of a dataset: digits, cifar10, cifar100, stl10, tiny-imagenet or imagefolder
     data_root: str = ''  # folder of the data; empty: $DINOCLS_DATA, else the user's cache
     train_size: int = 0  # training images; 0: all that are left
     val_size: int = 360  # validation images, taken out of the training set
     test_size: int = 360  # test images; 0: the whole test set
     split_seed: int = 42  # seed of the stratified splits
+    on_broken: str = 'raise'  # image files that cannot be read: raise (an error that lists them) or skip
+    on_drift: str = 'raise'  # splits of different distributions: raise (an error that says how they differ) or report
 
 # %% ../nbs/00_core.ipynb #5de58528
 @dataclass(frozen=True)
@@ -85,9 +87,15 @@ class AugmentConfig:
     brightness: float = 0.2  # factor drawn from 1 ± this
     contrast: float = 0.2  # factor drawn from 1 ± this
     saturation: float = 0.2  # factor drawn from 1 ± this
+    hue: float = 0.0  # turn drawn from ± this, in circles; 0: off
+    policy: str = ''  # randaugment, autoaugment (CIFAR-10's policies), or none
+    randaugment_ops: int = 2  # operations an image
+    randaugment_magnitude: int = 9  # their strength, 0 to 30
     erasing: float = 0.25  # probability of Random Erasing
     mixup: float = 0.2  # α of MixUp; 0: off
     cutmix: float = 1.0  # α of CutMix; 0: off
+    mix_probability: float = 1.0  # share of the images that are mixed
+    cutmix_share: float = 0.5  # of CutMix among these, where MixUp is on as well
 
 # %% ../nbs/00_core.ipynb #3981d44c
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ class Config(PretrainConfig, ViewConfig, StudyConfig, Phase2Config, Phase1Config
 def _check_numbers(cfg):
     "Refuse numbers that no run could use."
     at_least_1 = ('batch_size image_size members study_seeds knn_k attention_images checkpoint_every phase1_epochs phase2_epochs '
-                  'pretrain_epochs prototypes')
+                  'pretrain_epochs prototypes randaugment_ops')
     not_negative = ('train_size val_size test_size crop weight_decay label_smoothing clip_norm mixup cutmix brightness contrast '
                     'saturation phase1_lr lr_backbone lr_head split_seed seed pretrain_lr local_views koleo patch_loss view_aspect view_rotation '
                     'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start')
@@ -218,10 +226,15 @@ def _check_choices(cfg):
     if not cfg.lr_pairs or any(len(pair) != 2 for pair in cfg.lr_pairs):
         raise UserError('lr_pairs must be pairs (backbone rate, head rate), as in "((1e-4, 1e-4), (1e-6, 1e-4))".')
 
-CHECKS = [_check_numbers, _check_choices]
-CHOICES = {'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'dataset': ('digits', 'cifar10', 'cifar100', 'imagefolder'),
+def _check_augment(cfg):
+    "Refuse strengths beyond their range."
+    for name, most in (('hue', 0.5), ('randaugment_magnitude', 30), ('mix_probability', 1), ('cutmix_share', 1)):
+        if not 0 <= getattr(cfg, name) <= most: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be from 0 to {most}.')
+
+CHECKS = [_check_numbers, _check_choices, _check_augment]
+CHOICES = {'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'dataset': ('digits', 'cifar10', 'cifar100', 'stl10', 'tiny-imagenet', 'imagefolder'), 'on_broken': ('raise', 'skip'), 'on_drift': ('raise', 'report'),
            'backbone': ('book-digits', 'book-cifar', 'dinov2_vits14', 'dinov2_vitb14', 'dinov2_vitl14'),
-           'pretrain_method': ('dino', 'simclr'), 'centring': ('sinkhorn', 'mean')}
+           'pretrain_method': ('dino', 'simclr'), 'centring': ('sinkhorn', 'mean'), 'policy': ('', 'randaugment', 'autoaugment')}
 
 # %% ../nbs/00_core.ipynb #bdcb5e73
 def root() -> Path:
@@ -511,7 +524,8 @@ def weights_digest(backbone: str, weights: str) -> str:
     "Return the SHA-256 of the file that a backbone starts from; empty if there is none, as for random weights or a hub's."
     file = Path(weights).expanduser() if weights else shipped(backbone)
     if weights == 'random' or not file.is_file(): return ''
-    return _digest_of(file, file.stat().st_mtime_ns, file.stat().st_size)
+    seen = file.stat()
+    return _digest_of(file, seen.st_mtime_ns, seen.st_size) if seen.st_size > 2**26 else file_digest(file)  # a large file is read once a process
 
 @functools.lru_cache
 def _digest_of(file: Path, mtime: int, size: int) -> str: return file_digest(file)

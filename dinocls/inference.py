@@ -112,7 +112,7 @@ def save_production(folder,  # made, or replaced if it holds an older model
     "Write a model as a production folder, whole or not at all. Raise `UserError` if it does not fit `cfg` and `classes`."
     from safetensors.torch import save
     folder = Path(folder).expanduser().absolute()
-    native = native or load_dataset(cfg.dataset, cfg.data_root).images.shape[1:3]
+    native = native or load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken).images.shape[1:3]
     about = check_description(describe(cfg, classes, metrics, native, source), 'The description')
     state = {k: t.detach().cpu().contiguous() for k, t in model.state_dict().items()}
     rebuild(about, state, 'The model to save')

@@ -205,7 +205,7 @@ def precision(cfg, device: torch.device) -> str:
     if cfg.precision != 'auto': return cfg.precision
     if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
     amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
-    return 'bf16' if device.type == 'cpu' and BACKBONES[cfg.backbone].dim >= 384 and amx() else 'fp32'
+    return 'bf16' if device.type == 'cpu' and BACKBONES[cfg.backbone].dim >= 256 and amx() else 'fp32'
 
 def autocast(cfg, device: torch.device):
     "Return the context in which the configured precision holds."
@@ -236,8 +236,8 @@ def seen_in_pretraining(cfg) -> dict:  # split → images
     if cfg.weights or BACKBONES[cfg.backbone].timm: return none
     record, found = shipped_record(cfg.backbone), splits(cfg)
     if record['data'] != found['fingerprint']: return none
-    made_from = {f: record['config'][f] for f in DataConfig.__dataclass_fields__ if f != 'data_root'}
-    index = make_splits(_loaded(cfg.dataset, cfg.data_root), replace(whole(cfg), **made_from))['train']
+    made_from = {f: record['config'][f] for f in DataConfig.__dataclass_fields__ if f in record['config'] and f != 'data_root'}
+    index = make_splits(_loaded(cfg.dataset, cfg.data_root, cfg.on_broken), replace(whole(cfg), **made_from))['train']
     return {s: int(np.isin(found[s], index).sum()) for s in none}
 
 # %% ../nbs/03_model.ipynb #d161231e

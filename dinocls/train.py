@@ -19,7 +19,7 @@ import torch
 
 from .augment import augment, mix, mixed_loss, prepare
 from .core import UserError, as_os_error, progress, reason, replacing
-from .data import batches, load_split
+from .data import Loader, load_split
 from .model import Classifier, device, infer, param_groups, precision
 
 # %% ../nbs/04_train.ipynb #f9862ec6
@@ -109,8 +109,8 @@ def train_epoch(loop: Loop, forward, images, labels) -> float:
     torch.manual_seed(cfg.seed * 100_003 + loop.epoch)
     generator = torch.Generator().manual_seed(cfg.seed * 100_003 + loop.epoch)
     loop.model.train()
-    for index in batches(len(images), cfg.batch_size, cfg.seed, loop.epoch):
-        batch = mix(augment(images[index], cfg, generator), labels[index], cfg, generator)
+    for x, y in Loader(images, labels, cfg.batch_size, cfg.seed, images.device).epoch(loop.epoch):
+        batch = mix(augment(x, cfg, generator), y, cfg, generator)
         losses.append(train_step(loop, forward, *(t[acc.process_index::acc.num_processes] for t in batch)))
     loop.epoch += 1
     loss = acc.gather(torch.stack(losses).mean()[None]).mean().item()

@@ -1,58 +1,177 @@
-"Datasets in the format in which their publishers hand them out, small."
+"Datasets in the format in which their publishers hand them out, small; hosts that fail; folders with accidents; leaks and drift that are planted."
+import contextlib
 import hashlib
+import http.server
 import io
+import os
 import pickle
 import tarfile
+import threading
+import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from torchvision.datasets import CIFAR10, CIFAR100
+from conftest import ROOT
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from dinocls import core
-from dinocls.data import load_dataset, load_split, splits
+from dinocls import core, data
+from dinocls.data import at_hand, changed, check_splits, compare_splits, load_dataset, load_split, make_splits, splits
 
 RNG = np.random.default_rng(0)
 
 
-def archive(monkeypatch, folder, kind, files, meta_key, classes):
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    "Keep what tests fetch and decode out of the user's folders, and their mirrors out of the tests."
+    monkeypatch.setenv('DINOCLS_DATA', str(tmp_path/'data'))
+    monkeypatch.delenv('DINOCLS_MIRRORS', raising=False)
+    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(data, 'MIRRORS', {})
+
+
+class Python2(pickle._Pickler):
+    "Write bytes and text as Python 2 did, which made the publisher's files."
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, x):
+        self.write(b'T' + len(x).to_bytes(4, 'little') + x)
+        self.memoize(x)
+
+    dispatch[bytes], dispatch[str] = save_bytes, lambda self, x: self.save_bytes(x.encode('latin1'))
+
+
+def python2(value) -> bytes:
+    Python2(file := io.BytesIO(), protocol=2).dump(value)
+    return file.getvalue().replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+
+
+def archive(monkeypatch, folder, kind, files, meta_key, classes, dump=python2):
     "Write an archive as the publisher's, of a few images, and make torchvision expect its checksums."
-    members, listed = {}, {}
+    members, raw = {}, {}
     for name, n in files.items():
-        key = 'fine_labels' if kind is CIFAR100 else 'labels'
-        members[name] = pickle.dumps({'data': RNG.integers(0, 256, (n, 3072), dtype=np.uint8), key: [i % len(classes) for i in range(n)]})
-    members[kind.meta['filename']] = pickle.dumps({meta_key: classes})
+        raw[name] = {'data': RNG.integers(0, 256, (n, 3072), dtype=np.uint8), 'fine_labels' if kind is CIFAR100 else 'labels': [i % len(classes) for i in range(n)]}
+        members[name] = dump(raw[name])
+    members[kind.meta['filename']] = dump({meta_key: classes})
+    listed = pack(monkeypatch, folder, kind, members)
+    monkeypatch.setattr(kind, 'meta', kind.meta | {'md5': listed[kind.meta['filename']]})
+    return raw
+
+
+def pack(monkeypatch, folder, kind, members) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder/kind.filename, 'w:gz') as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(f'{kind.base_folder}/{name}')
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-            listed[name] = hashlib.md5(content).hexdigest()
-    monkeypatch.setattr(kind, 'train_list', [[n, listed[n]] for n in files if 'test' not in n])
-    monkeypatch.setattr(kind, 'test_list', [[n, listed[n]] for n in files if 'test' in n])
-    monkeypatch.setattr(kind, 'meta', kind.meta | {'md5': listed[kind.meta['filename']]})
+    listed = {name: hashlib.md5(content).hexdigest() for name, content in members.items()}
+    known = {f for f, _ in kind.train_list + kind.test_list}
+    for part in ('train_list', 'test_list'): monkeypatch.setattr(kind, part, [[f, listed[f]] for f, _ in getattr(kind, part) if f in listed])
+    assert known
     monkeypatch.setattr(kind, 'tgz_md5', hashlib.md5((folder/kind.filename).read_bytes()).hexdigest())
     monkeypatch.setattr(kind, 'url', 'http://127.0.0.1:9/refused')
-    return {n: pickle.loads(members[n]) for n in files}
+    return listed
+
+
+TEN = [f'class{i}' for i in range(10)]
+CIFAR = {**{f'data_batch_{i}': 40 for i in range(1, 6)}, 'test_batch': 30}
 
 
 def test_cifar10_is_read_from_a_local_archive(tmp_path, monkeypatch):
-    files = {**{f'data_batch_{i}': 40 for i in range(1, 6)}, 'test_batch': 30}
-    raw = archive(monkeypatch, tmp_path, CIFAR10, files, 'label_names', [f'class{i}' for i in range(10)])
-    data = load_dataset('cifar10', tmp_path)
-    assert data.images.shape == (230, 32, 32, 3) and data.images.dtype == np.uint8 and data.classes[3] == 'class3'
-    assert (data.images[200] == raw['test_batch']['data'][0].reshape(3, 32, 32).transpose(1, 2, 0)).all()
-    assert data.splits['test'].tolist() == list(range(200, 230)) and data.labels[:12].tolist() == [*range(10), 0, 1]
+    raw = archive(monkeypatch, tmp_path, CIFAR10, CIFAR, 'label_names', TEN)
+    assert at_hand('cifar10', tmp_path) and not at_hand('cifar100', tmp_path)
+    found = load_dataset('cifar10', tmp_path)
+    assert found.images.shape == (230, 32, 32, 3) and found.images.dtype == np.uint8 and found.classes[3] == 'class3'
+    assert (found.images[200] == raw['test_batch']['data'][0].reshape(3, 32, 32).transpose(1, 2, 0)).all()
+    assert found.splits['test'].tolist() == list(range(200, 230)) and found.labels[:12].tolist() == [*range(10), 0, 1]
     cfg = core.preset('cifar', data_root=str(tmp_path), val_size=20, out=str(tmp_path/'run'))
     parts = splits(cfg)
     assert [len(parts[s]) for s in ('train', 'val', 'test')] == [180, 20, 30]
     images, labels = load_split(cfg, 'test')
-    assert images.shape == (30, 3, 32, 32) and (labels.numpy() == data.labels[200:]).all()
+    assert images.shape == (30, 3, 32, 32) and (labels.numpy() == found.labels[200:]).all()
+
+
+def test_cifar_is_read_from_the_unpacked_folder(tmp_path, monkeypatch):
+    archive(monkeypatch, tmp_path, CIFAR10, CIFAR, 'label_names', TEN, dump=lambda v: pickle.dumps(v, protocol=4))
+    first = load_dataset('cifar10', tmp_path)
+    (tmp_path/CIFAR10.filename).unlink()
+    for root in (tmp_path, tmp_path/'cifar-10-batches-py'): assert load_dataset('cifar10', root).fingerprint == first.fingerprint
+    (tmp_path/'cifar-10-batches-py'/'data_batch_2').write_bytes(b'cut')
+    with pytest.raises(core.UserError, match='data_batch_2 is missing or damaged'): load_dataset('cifar10', tmp_path)
 
 
 def test_cifar100_is_read_from_a_local_archive(tmp_path, monkeypatch):
     archive(monkeypatch, tmp_path, CIFAR100, {'train': 200, 'test': 100}, 'fine_label_names', [f'class{i}' for i in range(100)])
-    data = load_dataset('cifar100', tmp_path)
-    assert len(data.images) == 300 and len(data.classes) == 100 and data.labels.max() == 99
+    found = load_dataset('cifar100', tmp_path)
+    assert len(found.images) == 300 and len(found.classes) == 100 and found.labels.max() == 99
+
+
+class Touch:
+    "A pickle that makes a file when it is read."
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return open, (str(self.file), 'w')
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 4, 5])
+def test_a_hostile_pickle_is_refused(tmp_path, monkeypatch, protocol):
+    archive(monkeypatch, tmp_path, CIFAR10, CIFAR, 'label_names', TEN, dump=lambda v: pickle.dumps(v | {'more': Touch(tmp_path/'made')}, protocol=protocol))
+    with pytest.raises(core.UserError, match='it wants to call') as e: load_dataset('cifar10', tmp_path)
+    assert not (tmp_path/'made').exists() and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('content', [b'', b'\x80', b'text', pickle.dumps([1]), pickle.dumps({'label_names': 3}), b'\x80\x02cnumpy\nload\n.', b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n(tR(K\x01tb.'])
+def test_pickles_that_are_none_are_refused(tmp_path, monkeypatch, content):
+    archive(monkeypatch, tmp_path, CIFAR10, CIFAR, 'label_names', TEN, dump=lambda v: content)
+    with pytest.raises(core.UserError, match='cifar10|CIFAR'): load_dataset('cifar10', tmp_path)
+
+
+def test_stl10_is_read_from_its_binaries(tmp_path, monkeypatch):
+    x = {part: RNG.integers(0, 256, (n, 96, 96, 3), dtype=np.uint8) for part, n in (('train', 20), ('test', 30))}
+    members = {f'{part}_X.bin': v.transpose(0, 3, 2, 1).tobytes() for part, v in x.items()}
+    members |= {f'{part}_y.bin': bytes(i % 10 + 1 for i in range(len(v))) for part, v in x.items()}
+    members |= {'unlabeled_X.bin': b'much', 'class_names.txt': '\n'.join(TEN).encode() + b'\n', 'fold_indices.txt': b''}
+    pack(monkeypatch, tmp_path, STL10, members)
+    found = load_dataset('stl10', tmp_path)
+    assert (found.images == np.concatenate([x['train'], x['test']])).all() and found.labels[:11].tolist() == [*range(10), 0] and found.classes == TEN
+    assert found.splits['test'].tolist() == list(range(20, 50)) and not (tmp_path/'stl10_binary'/'unlabeled_X.bin').exists()
+
+
+def jpeg(image) -> bytes:
+    Image.fromarray(image).save(file := io.BytesIO(), 'JPEG')
+    return file.getvalue()
+
+
+def tiny_imagenet() -> dict:
+    "Return the files of a Tiny ImageNet of three classes."
+    files = {'wnids.txt': b'n03\nn01\nn02\n', 'words.txt': b'n01\tcrane\nn02\tcrane, lifting device\nn03\tgoldfish, Carassius auratus\nn04\tnone\n'}
+    for w in ('n01', 'n02', 'n03'):
+        files[f'train/{w}/{w}_boxes.txt'] = b''
+        for i in range(4): files[f'train/{w}/images/{w}_{i}.JPEG'] = jpeg(RNG.integers(0, 256, (64, 64, 3) if i else (64, 64), dtype=np.uint8))
+    for i in range(6): files[f'val/images/val_{i}.JPEG'] = jpeg(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    files['val/val_annotations.txt'] = ''.join(f'val_{i}.JPEG\tn0{i % 3 + 1}\t0\t32\t44\t62\n' for i in range(6)).encode()
+    return files | {'test/images/test_0.JPEG': b'not used'}
+
+
+def test_tiny_imagenet_is_read_from_its_tree_and_from_its_archive(tmp_path, monkeypatch):
+    files = tiny_imagenet()
+    for name, content in files.items():
+        (file := tmp_path/'tree'/'tiny-imagenet-200'/name).parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    found = load_dataset('tiny-imagenet', tmp_path/'tree')
+    assert found.images.shape == (18, 64, 64, 3) and found.classes == ['crane (n01)', 'crane (n02)', 'goldfish']
+    assert found.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0, 1, 2] * 2 and found.splits['test'].tolist() == list(range(12, 18))
+    (tmp_path/'zip').mkdir()
+    with zipfile.ZipFile(tmp_path/'zip'/'tiny-imagenet-200.zip', 'w') as z:
+        for name, content in files.items(): z.writestr(f'tiny-imagenet-200/{name}', content)
+        z.writestr('../outside.txt', b'')
+    known = data.archive('tiny-imagenet')
+    monkeypatch.setattr(data, 'archive', lambda name: replace(known, md5=hashlib.md5((tmp_path/'zip'/known.file).read_bytes()).hexdigest()))
+    assert load_dataset('tiny-imagenet', tmp_path/'zip').fingerprint == found.fingerprint
+    assert not (tmp_path/'outside.txt').exists() and not (tmp_path/'zip'/'tiny-imagenet-200'/'test').exists()
+    (tmp_path/'tree'/'tiny-imagenet-200'/'val'/'images'/'val_3.JPEG').unlink()
+    with pytest.raises(core.UserError, match='val_3.JPEG is missing'): load_dataset('tiny-imagenet', tmp_path/'tree')
 
 
 def test_an_archive_with_another_checksum_is_refused(tmp_path, monkeypatch):
@@ -64,9 +183,264 @@ def test_an_archive_with_another_checksum_is_refused(tmp_path, monkeypatch):
     assert (tmp_path/CIFAR10.filename).read_bytes() == content
 
 
+@contextlib.contextmanager
+def host(content: bytes, ranges=True, cut=0, status=0):
+    "Serve a file; the first `cut` answers end in the middle. Yield the address and the list of the ranges asked for."
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args): pass
+
+        def do_GET(self):
+            asked.append(self.headers.get('Range'))
+            if status: return self.send_error(status)
+            start = int(asked[-1][6:-1]) if asked[-1] and ranges else 0
+            if start >= len(content): return self.send_error(416)
+            self.send_response(206 if start else 200)
+            if start: self.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
+            self.send_header('Content-Length', str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:] if len(asked) > cut else content[start:(start + len(content)) // 2])
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}/{CIFAR10.filename}', asked
+    finally: server.shutdown(), server.server_close()
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    "A published CIFAR-10 of a few images; return the bytes of its archive, and where it is to come."
+    archive(monkeypatch, tmp_path/'published', CIFAR10, {'data_batch_1': 10, 'test_batch': 10}, 'label_names', list('abcdefghij'))
+    return (tmp_path/'published'/CIFAR10.filename).read_bytes(), tmp_path/'data'
+
+
+def test_a_download_that_breaks_is_resumed(published, monkeypatch):
+    content, place = published
+    with host(content, cut=2) as (url, asked):
+        monkeypatch.setattr(CIFAR10, 'url', url)
+        assert len(load_dataset('cifar10').images) == 20
+    assert asked[0] is None and [int(r[6:-1]) for r in asked[1:]] == [len(content) // 2, (len(content) // 2 + len(content)) // 2]
+    assert sorted(p.name for p in place.iterdir() if p.suffix != '.lock') == ['cifar-10-batches-py', CIFAR10.filename]
+
+
+def test_what_an_earlier_process_left_is_continued_even_from_another_host(published, monkeypatch):
+    content, place = published
+    place.mkdir()
+    (place/f'{CIFAR10.filename}.part').write_bytes(content[:1000])
+    with host(b'', status=503) as (busy, _), host(content) as (url, asked):
+        monkeypatch.setattr(CIFAR10, 'url', busy)
+        monkeypatch.setenv('DINOCLS_MIRRORS', f'http://127.0.0.1:9 {url}')
+        load_dataset('cifar10')
+    assert asked == ['bytes=1000-']
+
+
+def test_a_host_without_ranges_sends_everything_again(published, monkeypatch):
+    content, place = published
+    place.mkdir()
+    (place/f'{CIFAR10.filename}.part').write_bytes(b'x' * 1000)
+    with host(content, ranges=False) as (url, _):
+        monkeypatch.setattr(CIFAR10, 'url', url)
+        load_dataset('cifar10')
+
+
+@pytest.mark.parametrize('left', [b'x' * 1000, b'x' * 10**6])
+def test_a_part_of_something_else_is_thrown_away(published, monkeypatch, left):
+    content, place = published
+    place.mkdir()
+    (place/f'{CIFAR10.filename}.part').write_bytes(left)
+    with host(content) as (url, _):
+        monkeypatch.setattr(CIFAR10, 'url', url)
+        load_dataset('cifar10')
+    assert not (place/f'{CIFAR10.filename}.part').exists()
+
+
+def test_a_mirror_that_sends_something_else_is_passed_over(published, monkeypatch):
+    content, place = published
+    with host(b'hostile' * 100) as (bad, _), host(content) as (good, _):
+        monkeypatch.setattr(CIFAR10, 'url', bad)
+        with pytest.raises(core.UserError, match='another checksum'): load_dataset('cifar10')
+        assert not (place/CIFAR10.filename).exists() and not (place/f'{CIFAR10.filename}.part').exists()
+        monkeypatch.setattr(data, 'MIRRORS', {'cifar10': (good,)})
+        load_dataset('cifar10')
+
+
+def test_a_folder_can_be_a_mirror(published, monkeypatch, tmp_path):
+    monkeypatch.setenv('DINOCLS_MIRRORS', str(tmp_path/'published'))
+    assert len(load_dataset('cifar10').images) == 20
+
+
+def test_a_slow_host_makes_place_for_the_next(tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 30))
+    monkeypatch.setattr(data.time, 'monotonic', lambda: next(clock))
+    with open(tmp_path/'a.part', 'wb') as f, pytest.raises(TimeoutError, match='kB/s'): data._copy(io.BytesIO(b'0' * 10**6), f, 0, 0, 2e5)
+    with open(tmp_path/'a.part', 'wb') as f: assert data._copy(io.BytesIO(b'0' * 10**6), f, 0, 0, 0) == 10**6
+
+
+def test_without_a_network_one_sentence_names_hosts_and_folder(published):
+    with pytest.raises(core.UserError, match='could not be downloaded') as e: load_dataset('cifar10')
+    assert str(published[1]) in str(e.value) and '127.0.0.1:9' in str(e.value) and 'DINOCLS_MIRRORS' in str(e.value)
+
+
+def test_a_disk_that_is_full_is_not_the_hosts_fault(published, monkeypatch):
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(data, '_transfer', full)
+    with pytest.raises(core.UserError, match='cannot be written.*No space left'): load_dataset('cifar10')
+
+
+def folder(root, n=20, classes='ab', size=(8, 8)):
+    "Write an image folder of random pictures."
+    for part, k in (('train', n), ('test', n // 2)):
+        for c in classes:
+            (root/part/c).mkdir(parents=True, exist_ok=True)
+            for i in range(k): Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root/part/c/f'{i:03}.png')
+    return root
+
+
+def test_image_folders_take_all_kinds_of_pictures(tmp_path):
+    rgb = Image.fromarray(np.kron(np.array([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [200, 200, 200]]], np.uint8), np.ones((16, 16, 1), np.uint8)))
+    (place := folder(tmp_path/'set', 1, 'a')/'train'/'a').joinpath('000.png').unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: to be turned clockwise
+    clear = rgb.convert('P')
+    clear.info['transparency'] = bytes(range(4))
+    for name, image, more in (('a.png', rgb, {}), ('b.png', rgb.convert('P'), {}), ('c.png', rgb.convert('RGBA'), {}), ('d.jpg', rgb.convert('CMYK'), {}),
+                              ('e.png', rgb.convert('LA'), {}), ('f.png', rgb.convert('1'), {}), ('g.gif', rgb, {}), ('h.webp', rgb, {}), ('i.bmp', rgb, {}), ('j.tif', rgb.convert('YCbCr'), {}),
+                              ('k.jpg', rgb.transpose(Image.Transpose.ROTATE_90), {'exif': exif}), ('l.jpg', rgb.resize((64, 40)), {}), ('m.png', clear, {}), ('n.png', rgb.convert('L'), {})):
+        image.save(place/name, **more)
+    (tmp_path/'set/test/a').rename(tmp_path/'gone')
+    found = load_dataset('imagefolder', tmp_path/'set')
+    assert found.images.shape == (14, 32, 32, 3) and found.files[0] == 'train/a/a.png' and 'test' not in found.splits
+    for name, image in zip(found.files, found.images):
+        corners = image[[4, 4, 27, 27], [4, 27, 4, 27]].astype(int)
+        if name[-5] in 'abcdghijklm': assert np.abs(corners - [[200, 0, 0], [0, 200, 0], [0, 0, 200], [200, 200, 200]]).max() < 60, name  # a palette of 216 colours dithers
+
+
+def test_broken_files_are_listed_or_skipped(tmp_path):
+    place = folder(tmp_path/'set', 100)
+    files = sorted((place/'train').glob('*/*.png'))
+    for i, f in enumerate(files[::10]):  # 10 % at once: empty, cut short, text, no pixels where they should be
+        f.write_bytes((b'', f.read_bytes()[:60], b'text', f.read_bytes()[:-40])[i % 4])
+    with pytest.raises(core.UserError, match='20 of 300 files') as e: load_dataset('imagefolder', place)
+    assert str(e.value).count('.png') == 10 and 'on_broken=skip' in str(e.value) and 'train/a/000.png' in str(e.value) and '\n' not in str(e.value)
+    found = load_dataset('imagefolder', place, on_broken='skip')
+    assert len(found.images) == len(found.labels) == len(found.files) == 280 and len(found.skipped) == 20
+    assert [len(found.splits[p]) for p in ('train', 'test')] == [180, 100] and found.splits['test'].tolist() == list(range(180, 280))
+    for i in (0, 100, 279): assert (found.images[i] == np.asarray(Image.open(place/found.files[i]))).all()
+    cfg = core.preset('smoke', dataset='imagefolder', data_root=str(place), on_broken='skip', train_size=0, val_size=40, test_size=0, out=str(tmp_path/'run'))
+    assert len(splits(cfg)['skipped']) == 20 and len(load_split(cfg, 'train')[0]) == 140
+    for f in files: f.write_bytes(b'')
+    with pytest.raises(core.UserError, match='200 of 300'): load_dataset('imagefolder', place, on_broken='skip')
+    with pytest.raises(core.UserError, match="did you mean 'skip'"): core.preset('smoke', on_broken='skp')
+
+
+def test_images_are_decoded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'CACHE_FROM', 1)
+    place, count = folder(tmp_path/'set'), []
+    decode = data.decode
+    monkeypatch.setattr(data, 'decode', lambda f: count.append(f) or decode(f))
+    first = load_dataset('imagefolder', place).fingerprint
+    decoded, count[:] = len(count), []
+    again = load_dataset('imagefolder', place)
+    assert decoded >= 60 and not count and isinstance(again.images, np.memmap) and again.fingerprint == first
+    del again
+    (cache := next((tmp_path/'data'/'decoded').glob('*.npy'))).write_bytes(cache.read_bytes()[:-1])  # cut short
+    assert load_dataset('imagefolder', place).fingerprint == first and count
+    Image.new('RGB', (8, 8)).save(place/'train/a/000.png')
+    (place/'train/b/001.png').write_bytes(b'text')
+    with pytest.raises(core.UserError, match='001.png is not a readable'): load_dataset('imagefolder', place)
+    changed = load_dataset('imagefolder', place, on_broken='skip')
+    assert not changed.images[0].any() and len(changed.images) == 59 and len(list((tmp_path/'data'/'decoded').glob('*.npy'))) == 1
+
+
+def test_a_cache_that_cannot_be_kept_does_no_harm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, 'CACHE_FROM', 1)
+    place = folder(tmp_path/'set')
+    (tmp_path/'data').write_text('a file where a folder should be')
+    assert len(load_dataset('imagefolder', place).images) == 60 and 'decoded again each time' in capsys.readouterr().out
+    monkeypatch.setenv('DINOCLS_DATA', str(tmp_path/'other'))
+    monkeypatch.setattr(data.shutil, 'disk_usage', lambda p: type('', (), {'free': 10}))
+    assert len(load_dataset('imagefolder', place).images) == 60 and 'No space left' in capsys.readouterr().out
+    assert not list((tmp_path/'other').glob('decoded/*.npy'))
+
+
 def test_the_test_set_can_be_reduced_as_in_the_reference(tmp_path, monkeypatch):
-    files = {'data_batch_1': 100, 'test_batch': 100}
-    archive(monkeypatch, tmp_path, CIFAR10, files, 'label_names', list('abcdefghij'))
+    archive(monkeypatch, tmp_path, CIFAR10, {'data_batch_1': 100, 'test_batch': 100}, 'label_names', list('abcdefghij'))
     parts = splits(core.preset('cifar', data_root=str(tmp_path), val_size=20, test_size=50, out=str(tmp_path/'run')))
     assert len(parts['test']) == 50 and set(parts['test']) <= set(range(100, 200))
     assert np.bincount(parts['labels'][parts['test']]).tolist() == [5] * 10
+
+
+@pytest.fixture(scope='module')
+def digits(): return load_dataset('digits')
+
+
+def test_honest_splits_pass(digits):
+    "Ten draws of digits; the smallest of 120 p-values is what chance allows."
+    smallest = []
+    for seed in range(10):
+        rows = check_splits(compare_splits(digits, make_splits(digits, core.preset('smoke', split_seed=seed))))
+        smallest += [row[name] for row in rows for name in row if name.startswith('p_')]
+    assert len(smallest) == 120 and np.mean(np.array(smallest) < 0.05) < 0.1
+
+
+PLANTED = {
+    'darker': (lambda x: (x * 0.9).astype(np.uint8), None, 'look|brightness'),
+    'less contrast': (lambda x: (x * 0.8 + 20).astype(np.uint8), None, 'look|brightness'),
+    'jpeg': (data.as_jpeg, None, 'look'),
+    'blurred': (lambda x: ((x.astype(int) + np.roll(x, 1, 0)) // 2).astype(np.uint8), None, 'look'),
+    'noise': (lambda x: np.clip(x + RNG.normal(0, 8, x.shape), 0, 255).astype(np.uint8), None, 'look|brightness'),
+    'reddish': (lambda x: np.minimum(x * [1.1, 1, .9], 255).astype(np.uint8), None, 'look'),
+    'classes moved': (None, lambda y: (y + 1) % 10, 'labels'),
+    'classes shuffled': (None, lambda y: np.random.default_rng(0).permutation(y), 'labels'),
+}
+
+
+@pytest.mark.parametrize('split', ['val', 'test'])
+@pytest.mark.parametrize('name', PLANTED)
+def test_planted_drift_is_found(digits, name, split):
+    parts = make_splits(digits, core.preset('quick', train_size=400))
+    change, labels, what = PLANTED[name]
+    index = parts[split]
+    drifted = changed(digits, index, change, None if labels is None else labels(digits.labels[index]))
+    with pytest.raises(core.UserError, match=f'differ in ({what})'): check_splits(compare_splits(drifted, parts))
+
+
+def test_planted_copies_are_found(digits):
+    parts = make_splits(digits, core.preset('quick'))
+    few = np.array(digits.images)
+    few[parts['test'][:2]] = few[parts['train'][:2]]  # less than 1 %: reported
+    rows = check_splits(compare_splits(replace(digits, images=few), parts))
+    assert [r['identical_images'] for r in rows] == [0, 2, 0] and 'image' in rows[1]['example']
+    few[parts['test'][:20]] = few[parts['train'][:20]]
+    with pytest.raises(core.UserError, match='train – test share 20 pictures pixel for pixel'): check_splits(compare_splits(replace(digits, images=few), parts))
+
+
+@pytest.mark.parametrize('change', [data.as_jpeg, lambda x: x // 2 + 40, lambda x: np.clip(x + RNG.normal(0, 10, x.shape), 0, 255).astype(np.uint8)], ids=['jpeg', 'contrast', 'noise'])
+def test_look_alikes_are_found_by_the_stage(tmp_path, change):
+    place, rng = tmp_path/'set', np.random.default_rng(0)
+    scene = lambda: np.asarray(Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC))
+    for c in 'ab':
+        for part, n in (('train', 150), ('test', 30)):
+            (place/part/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(scene()).save(place/part/c/f'{i:03}.png')
+    leaked = sorted((place/'train').glob('a/*.png'))[:10]
+    for f in leaked: Image.fromarray(change(np.asarray(Image.open(f)))).save(place/'test/a'/f.name)
+    cfg = core.preset('smoke', dataset='imagefolder', data_root=str(place), train_size=0, val_size=30, test_size=0, out=str(tmp_path/'run'))
+    with contextlib.suppress(core.UserError):  # ten noisy pictures in sixty may be a drift as well
+        files = load_dataset('imagefolder', place).files
+        found = [f for f in data.look_alikes(cfg)['found'] if f['reported']]
+        assert {(files[f['image']], files[f['like']]) for f in found} == {(f'test/a/{f.name}', f'train/a/{f.name}') for f in leaked}
+
+
+def test_fields_of_an_older_record_are_enough():
+    "Weights were made before there was `on_broken`; their record still tells what they have seen."
+    from dinocls.model import seen_in_pretraining
+    assert seen_in_pretraining(core.preset('quick'))['train'] > 0 and (ROOT/'dinocls').is_dir()
+
+
+def test_a_drift_that_is_meant_is_reported(digits):
+    parts = make_splits(digits, core.preset('quick', train_size=400))
+    rows = compare_splits(changed(digits, parts['test'], labels=(digits.labels[parts['test']] + 1) % 10), parts)
+    with pytest.raises(core.UserError, match='on_drift=report'): check_splits(rows)
+    assert check_splits(rows, 'report') == rows
