@@ -261,7 +261,7 @@ def own(cfg):
     "Return the configuration with one of the book's own backbones, so that there is something to pre-train."
     return cfg if cfg.backbone.startswith('book-') else variant(cfg, backbone='book-cifar', image_size=32)
 
-@stage(reads=[DataConfig, ViewConfig, PretrainConfig, 'backbone', 'image_size', 'seed', 'precision'], after=[splits])
+@stage(reads=[DataConfig, ViewConfig, PretrainConfig, 'backbone', 'image_size', 'seed', 'precision', 'knn_k'], after=[splits])
 def pretrain(cfg, folder):
     "Pre-train the backbone on the images of the training split, without their labels."
     from dinocls.model import device
@@ -270,7 +270,7 @@ def pretrain(cfg, folder):
 
 # %% ../nbs/A1_pretrain.ipynb #a96188d9
 def draw_watch(histories: dict):  # name → history
-    "Draw loss, spread, entropies of the teacher and k-NN accuracy over epochs; return the figure."
+    "Draw k-NN accuracy, spread and entropies of the teacher over epochs; return the figure."
     fig, axes = subplots(1, 3, size=(7.2, 2.7))
     for name, history in histories.items():
         seen, sure = [r for r in history if 'knn' in r], [r for r in history if 'entropy' in r]
