@@ -57,6 +57,7 @@ class Loop:
     history: list = field(default_factory=list)  # a row an epoch
     best: dict = field(default_factory=dict)  # {'accuracy', 'weights'} of the best epoch so far
     val_feats: torch.Tensor | None = None  # embeddings of the validation images, where a frozen backbone never changes them
+    batch: torch.Tensor | None = None  # the last batch as the model saw it; the next one is written over it
 
     @property
     def trained(self): return self.model.head if self.model.frozen else self.model
@@ -98,7 +99,8 @@ def optimise(loop: Loop, loss: torch.Tensor):
 # %% ../nbs/04_train.ipynb #9cbb00c3
 def train_step(loop: Loop, forward, x, y_a, y_b, lam) -> torch.Tensor:
     "Take one optimiser step on a batch; return the loss."
-    loss = mixed_loss(forward(prepare(x, loop.cfg)), y_a, y_b, lam, loop.cfg.label_smoothing)
+    loop.batch = prepare(x, loop.cfg, out=loop.batch)  # fresh memory for 224-pixel batches would cost more than filling it
+    loss = mixed_loss(forward(loop.batch), y_a, y_b, lam, loop.cfg.label_smoothing)
     optimise(loop, loss)
     return loss.detach()
 
