@@ -14,6 +14,7 @@ book: $(READY)
 	$(BIN)/dinocls run --preset $(PRESET)
 
 test: $(READY)
+	rm -rf outputs/smoke
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $$($(BIN)/python -c 'import dinocls.core as c; print(min(c.cores(), 8))')
 	$(BIN)/python -m pytest -q tests
 

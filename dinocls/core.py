@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CHECKS', 'CHOICES', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAGES', 'UserError', 'nearest', 'reason',
            'DataConfig', 'ModelConfig', 'AugmentConfig', 'TrainConfig', 'Phase1Config', 'Phase2Config', 'StudyConfig',
-           'ViewConfig', 'PretrainConfig', 'Config', 'root', 'run_name', 'digest', 'file_digest', 'Preset', 'preset',
-           'parse_overrides', 'format_overrides', 'replacing', 'as_os_error', 'write_json', 'read_json', 'open_run',
-           'version', 'configure', 'progress', 'Result', 'save_result', 'View', 'whole', 'variant', 'shipped',
-           'weights_digest', 'Stage', 'stage', 'run_stage', 'stage_record', 'git_commit', 'versions', 'hardware',
-           'cores', 'cpu_name', 'peak_memory', 'metric', 'wilson', 'write_metrics', 'read_metrics', 'write_history',
-           'subplots', 'save_figure', 'save_table']
+           'RunConfig', 'ViewConfig', 'PretrainConfig', 'Config', 'root', 'run_name', 'digest', 'file_digest', 'Preset',
+           'preset', 'parse_overrides', 'format_overrides', 'replacing', 'as_os_error', 'write_json', 'read_json',
+           'open_run', 'version', 'configure', 'progress', 'Result', 'save_result', 'View', 'whole', 'variant',
+           'shipped', 'weights_digest', 'Stage', 'stage', 'run_stage', 'rank', 'stage_record', 'git_commit', 'versions',
+           'hardware', 'cores', 'cpu_name', 'peak_memory', 'metric', 'wilson', 'write_metrics', 'read_metrics',
+           'write_history', 'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
@@ -75,6 +75,7 @@ class ModelConfig:
     backbone: str = 'book-digits'  # name of a backbone, see `model.BACKBONES`
     weights: str = ''  # empty: the published ones; 'random'; or a path to a checkpoint
     image_size: int = 32  # side of the image that the backbone sees, in pixels
+    pooling: str = 'cls'  # what the head reads of the backbone's tokens: cls, mean (of the patches), cls+mean, or attention (learned in the head)
     head_widths: tuple = (1024, 512, 256)  # hidden layers of the head
     head_dropout: tuple = (0.5, 0.5, 0.25)  # dropout after each hidden layer
 
@@ -105,12 +106,12 @@ class TrainConfig:
     batch_size: int = 64  # images a step, over all processes
     precision: str = 'auto'  # auto, fp32, bf16 or fp16
     weight_decay: float = 0.05  # of AdamW; norms, biases and positions are exempt
-    warmup: float = 0.1  # fraction of the steps in which OneCycle rises
+    schedule: str = 'onecycle'  # of the rates: onecycle, cosine or constant, each after a warm-up
+    warmup: float = 0.1  # fraction of the steps in which the rates rise
     label_smoothing: float = 0.1  # mass spread over the other classes
     clip_norm: float = 1.0  # largest norm of the gradient; 0: no clipping
     ema_decay: float = 0.9999  # of the averaged weights; 0: no average
     ema_warmup: bool = True  # let the decay rise from 0, so that short runs forget their start
-    checkpoint_every: int = 5  # epochs between checkpoints
 
 # %% ../nbs/00_core.ipynb #c1f539f0
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class Phase2Config:
     phase2_epochs: int = 40  # passes over the training split
     lr_backbone: float = 1e-6  # peak rate of the backbone
     lr_head: float = 1e-4  # peak rate of the head
+    layer_decay: float = 1.0  # factor on the backbone's rate for each block further from the head; 1: one rate for all
+    lora_rank: int = 0  # rank of LoRA's matrices, trained in place of the backbone's weights; 0: all weights are trained
 
 # %% ../nbs/00_core.ipynb #feec5cb6
 @dataclass(frozen=True)
@@ -136,6 +139,17 @@ class StudyConfig:
     knn_k: int = 3  # neighbours that vote
     attention_images: int = 100  # images in the attention study, stratified
     benchmark_seconds: float = 2.0  # time spent at each batch size of the inference benchmark
+
+# %% ../nbs/00_core.ipynb #9487e9a9
+@dataclass(frozen=True)
+class RunConfig:
+    "How training is carried out, which changes results by rounding at most: no result is told apart by it."
+    micro_batch: int = 0  # images that the backbone sees at once; 0: the whole batch, halved when memory runs out
+    gradient_checkpointing: bool = False  # keep the blocks' inputs only, and compute the rest again on the way back
+    compile: str = 'auto'  # torch.compile for the backbone: auto (where it was measured to pay), on or off
+    checkpoint_every: int = 5  # epochs between checkpoints
+    checkpoint_minutes: float = 10.0  # minutes between checkpoints, within an epoch as well
+    bad_steps: int = 10  # steps in a row without a finite gradient, after which training stops
 
 # %% ../nbs/00_core.ipynb #8e836ca5
 @dataclass(frozen=True)
@@ -176,7 +190,7 @@ class PretrainConfig:
 
 # %% ../nbs/00_core.ipynb #043c73d5
 @dataclass(frozen=True)
-class Config(PretrainConfig, ViewConfig, StudyConfig, Phase2Config, Phase1Config, TrainConfig, AugmentConfig, ModelConfig, DataConfig):
+class Config(RunConfig, PretrainConfig, ViewConfig, StudyConfig, Phase2Config, Phase1Config, TrainConfig, AugmentConfig, ModelConfig, DataConfig):
     "Every choice there is, in one place."
     preset: str = 'quick'  # the preset that it started from
     out: str = ''  # run folder; empty: outputs/<preset and overrides>
@@ -194,10 +208,10 @@ class Config(PretrainConfig, ViewConfig, StudyConfig, Phase2Config, Phase1Config
 def _check_numbers(cfg):
     "Refuse numbers that no run could use."
     at_least_1 = ('batch_size image_size members study_seeds knn_k attention_images checkpoint_every phase1_epochs phase2_epochs '
-                  'pretrain_epochs prototypes randaugment_ops')
+                  'pretrain_epochs prototypes randaugment_ops bad_steps')
     not_negative = ('train_size val_size test_size crop weight_decay label_smoothing clip_norm mixup cutmix brightness contrast '
                     'saturation phase1_lr lr_backbone lr_head split_seed seed pretrain_lr local_views koleo patch_loss view_aspect view_rotation '
-                    'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start')
+                    'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start micro_batch checkpoint_minutes lora_rank')
     below_1 = ('erasing warmup label_smoothing ema_decay brightness contrast saturation teacher_momentum view_erasing view_brightness '
                'view_contrast view_saturation')
     for names, fine, rule in ((at_least_1, lambda v: v >= 1, 'at least 1'), (not_negative, lambda v: v >= 0, '0 or more'),
@@ -219,7 +233,7 @@ def _check_choices(cfg):
     if cfg.val_size < 1:
         raise UserError('val_size=0 in the configuration: every choice is made on validation, so give it some images.')
     if cfg.pretrain_batch < 2: raise UserError(f'pretrain_batch={cfg.pretrain_batch} in the configuration: images are compared with each other, so it must be at least 2.')
-    for name in ('teacher_temperature', 'teacher_momentum'):
+    for name in ('teacher_temperature', 'teacher_momentum', 'layer_decay'):
         if not getattr(cfg, name) > 0: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be above 0.')
     for name in ('view_zoom', 'projection'):
         if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) <= 0: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be two numbers above 0.')
@@ -228,13 +242,14 @@ def _check_choices(cfg):
 
 def _check_augment(cfg):
     "Refuse strengths beyond their range."
-    for name, most in (('hue', 0.5), ('randaugment_magnitude', 30), ('mix_probability', 1), ('cutmix_share', 1)):
+    for name, most in (('hue', 0.5), ('randaugment_magnitude', 30), ('mix_probability', 1), ('cutmix_share', 1), ('layer_decay', 1)):
         if not 0 <= getattr(cfg, name) <= most: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be from 0 to {most}.')
 
 CHECKS = [_check_numbers, _check_choices, _check_augment]
 CHOICES = {'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'dataset': ('digits', 'cifar10', 'cifar100', 'stl10', 'tiny-imagenet', 'imagefolder'), 'on_broken': ('raise', 'skip'), 'on_drift': ('raise', 'report'),
            'backbone': ('book-digits', 'book-cifar', 'dinov2_vits14', 'dinov2_vitb14', 'dinov2_vitl14'),
-           'pretrain_method': ('dino', 'simclr'), 'centring': ('sinkhorn', 'mean'), 'policy': ('', 'randaugment', 'autoaugment')}
+           'pretrain_method': ('dino', 'simclr'), 'centring': ('sinkhorn', 'mean'), 'policy': ('', 'randaugment', 'autoaugment'),
+           'pooling': ('cls', 'mean', 'cls+mean', 'attention'), 'schedule': ('onecycle', 'cosine', 'constant'), 'compile': ('auto', 'on', 'off')}
 
 # %% ../nbs/00_core.ipynb #bdcb5e73
 def root() -> Path:
@@ -257,7 +272,7 @@ def run_name(cfg: Config) -> str:
     plain = ''.join(c if c.isalnum() or c in '._=+-' else '_' for c in name)
     return plain if len(plain) <= 80 else f'{cfg.preset}+{digest(name)[:12]}'
 
-WHERE = ('preset', 'out', 'device')  # fields that say where or from what, and change no result
+WHERE = ('preset', 'out', 'device', *RunConfig.__dataclass_fields__)  # fields that say where, how or from what, and change no result
 
 # %% ../nbs/00_core.ipynb #667ac44c
 def digest(value) -> str:
@@ -459,6 +474,7 @@ def progress(stage: str,  # what runs
              note: str = ''):  # a few words
     "Tell how far a stage is, to the driver's file or else to the screen."
     file = os.environ.get('DINOCLS_PROGRESS')
+    if rank(): return
     if file:
         with contextlib.suppress(UserError): write_json(Path(file), {'stage': stage, 'done': done, 'total': total, 'note': note, 'time': time.time()})
     elif done and ('ipykernel' in sys.modules or sys.stdout.isatty()):
@@ -579,8 +595,10 @@ def run_stage(stage: Stage, cfg: Config) -> Result:
         if not (cfg.folder/'run.json').exists(): open_run(cfg)
         for before in stage.after: before(cfg)
         done.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(done.with_suffix('.lock')):
-            if not _is_whole(done) or _forced(stage, cfg): _compute(stage, cfg, done)
+        if rank(): _assist(stage, cfg, done)
+        else:
+            with FileLock(done.with_suffix('.lock')):
+                if not _is_whole(done) or _forced(stage, cfg): _compute(stage, cfg, done)
     result = Result(done)
     _warn_if_code_changed(stage, result)
     return result
@@ -594,12 +612,22 @@ def _compute(stage: Stage, cfg: Config, done: Path):
     start, clock = time.time(), time.perf_counter()
     progress(stage.name)
     kinds = save_result(partial, stage.fn(View(cfg, stage), partial))
-    for name in ('checkpoint.pt', 'run.json'): (partial/name).unlink(missing_ok=True)
+    for file in (*partial.glob('checkpoint*'), partial/'run.json'): file.unlink(missing_ok=True)
     record = stage_record(stage, cfg) | {'started': round(start), 'seconds': round(time.perf_counter() - clock, 3), 'parts': kinds,
                                          'files': {p.name: {'bytes': p.stat().st_size, 'sha256': file_digest(p)} for p in sorted(partial.iterdir())}}
     write_json(partial/'run.json', record)
     shutil.rmtree(done, ignore_errors=True)
     partial.rename(done)
+
+# %% ../nbs/00_core.ipynb #71ba3021
+def rank() -> int:
+    "Return the number of this process among those that a launcher started; 0 without one."
+    return int(os.environ.get('RANK', 0))
+
+def _assist(stage: Stage, cfg: Config, done: Path):
+    "Take part in a stage that the first process computes, and wait for its result."
+    stage.fn(View(cfg, stage), done.with_suffix('.partial'))
+    while not _is_whole(done) or _forced(stage, cfg): time.sleep(0.1)
 
 # %% ../nbs/00_core.ipynb #1a0160ae
 def stage_record(stage: Stage, cfg: Config) -> dict:
