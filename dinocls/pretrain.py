@@ -236,19 +236,19 @@ def watcher(cfg, largest: int = 5000):  # images in the bank
 # %% ../nbs/A1_pretrain.ipynb #bed08821
 def self_supervise(images: Tensor,  # uint8 (n, 3, h, w), on the device
                    cfg, folder: Path, watch=None, on_epoch=None) -> dict:
-    "Pre-train a backbone on images alone; return its weights and the history. Continues from `folder/checkpoint.pt`."
+    "Pre-train a backbone on images alone; return its weights and the history. Continues from the checkpoint in `folder`."
     torch.manual_seed(cfg.seed)
     settings, epochs = recipe(cfg), cfg.pretrain_epochs
     loop = start(Student(settings), settings, epochs, max(1, len(images) // cfg.pretrain_batch), cfg.pretrain_lr, cfg.pretrain_lr)
     if loop.accelerator.num_processes > 1: raise UserError('Pre-training runs in one process: start it without accelerate launch.')
     loop.ema.module.requires_grad_(False)
-    load_checkpoint(loop, Path(folder)/'checkpoint.pt')
+    load_checkpoint(loop, folder, 'pretrain')
     forward, every = loop.model, max(1, epochs // 20)
     while loop.epoch < epochs:
         row = pretrain_epoch(loop, forward, images, epochs)
         if watch and (loop.epoch % every == 0 or loop.epoch in (1, epochs)): row |= watch(loop.ema.module.backbone)
         loop.history.append(row)
-        if loop.epoch % cfg.checkpoint_every == 0 and loop.epoch < epochs: save_checkpoint(loop, Path(folder)/'checkpoint.pt')
+        if loop.epoch % cfg.checkpoint_every == 0 and loop.epoch < epochs: save_checkpoint(loop, folder, 'pretrain')
         (on_epoch or _tell)(cfg.pretrain_method, row, epochs)
     return {'weights': {k: v.half() for k, v in loop.ema.module.backbone.state_dict().items()}, 'history': loop.history}
 
