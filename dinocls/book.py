@@ -505,7 +505,7 @@ def stage(name: Annotated[str, typer.Argument(help='name of a stage, see `dinocl
     if name not in known: raise UserError(f'There is no stage {name!r}: {nearest(name, known)}')
     core.open_run(cfg)
     result = known[name](cfg)
-    print(f'{name}: {short(result.folder)} ({duration(result.record["seconds"])})')
+    if not core.rank(): print(f'{name}: {short(result.folder)} ({duration(result.record["seconds"])})')
 
 # %% ../nbs/15_book.ipynb #ed48cbaf
 @app.command('list')
