@@ -73,7 +73,7 @@ class DataConfig:
 class ModelConfig:
     "What learns."
     backbone: str = 'book-digits'  # name of a backbone, see `model.BACKBONES`
-    weights: str = ''  # empty: the published ones; 'random'; or a path to a checkpoint
+    weights: str = ''  # empty: the published ones; 'official': the authors' file; 'random'; a URL (#sha256=… may follow); or a path to a checkpoint
     image_size: int = 32  # side of the image that the backbone sees, in pixels
     pooling: str = 'cls'  # what the head reads of the backbone's tokens: cls, mean (of the patches), cls+mean, or attention (learned in the head)
     head_widths: tuple = (1024, 512, 256)  # hidden layers of the head
@@ -247,7 +247,7 @@ def _check_augment(cfg):
 
 CHECKS = [_check_numbers, _check_choices, _check_augment]
 CHOICES = {'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'dataset': ('digits', 'cifar10', 'cifar100', 'stl10', 'tiny-imagenet', 'imagefolder'), 'on_broken': ('raise', 'skip'), 'on_drift': ('raise', 'report'),
-           'backbone': ('book-digits', 'book-cifar', 'dinov2_vits14', 'dinov2_vitb14', 'dinov2_vitl14'),
+           'backbone': ('book-digits', 'book-cifar', *(f'dinov2_vit{size}14{kind}' for kind in ('', '_reg') for size in 'sblg'), 'dinov3_vits16', 'dinov3_vitb16'),
            'pretrain_method': ('dino', 'simclr'), 'centring': ('sinkhorn', 'mean'), 'policy': ('', 'randaugment', 'autoaugment'),
            'pooling': ('cls', 'mean', 'cls+mean', 'attention'), 'schedule': ('onecycle', 'cosine', 'constant'), 'compile': ('auto', 'on', 'off')}
 
