@@ -700,14 +700,17 @@ def cpu_name() -> str:
 # %% ../nbs/00_core.ipynb #d3cac14f
 def peak_memory() -> dict:
     "Return the peak memory of this process so far, in MB: resident, and on the GPU if there is one."
-    import psutil
-    try:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
-    except ImportError: peak = psutil.Process().memory_info().peak_wset / 2**20  # Windows
     torch = sys.modules.get('torch')
     gpu = {'gpu': round(torch.cuda.max_memory_allocated() / 2**20)} if torch and torch.cuda.is_available() else {}
-    return {'resident': round(peak), **gpu}
+    return {'resident': round(_peak_resident() / 2**20), **gpu}
+
+def _peak_resident() -> int:
+    "Return the peak resident memory of this process in bytes."
+    status = Path('/proc/self/status')  # getrusage would begin with the peak of the process that started this one
+    if status.exists(): return int(status.read_text().partition('VmHWM:')[2].split()[0]) * 2**10
+    try: import resource
+    except ImportError: return __import__('psutil').Process().memory_info().peak_wset  # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 # %% ../nbs/00_core.ipynb #9fddb0c7
 def metric(name: str,  # what was measured
