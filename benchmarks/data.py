@@ -9,7 +9,6 @@ within a round. kornia is no dependency: where it can be imported it takes part,
 `pip install --target /tmp/kornia --no-deps kornia kornia_rs` with PYTHONPATH=/tmp/kornia.
 """
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -133,13 +132,6 @@ def parts(rounds: int = 20) -> dict:  # what → milliseconds a batch, the media
     return {name: median(t[2:]) for name, t in found.items()}
 
 
-def peak() -> float:
-    "Return this process's peak memory in MB. Where Linux tells it, not by `getrusage`, which starts from the peak of the process that started this one."
-    status = Path('/proc/self/status')
-    if status.exists(): return int(status.read_text().partition('VmHWM:')[2].split()[0]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts bytes
-
-
 def memory():
     "Print MB of a set of CIFAR-10's size, and by how much the peak grows when a Loader takes it from memory and works on it."
     def work(images, steps):
@@ -148,9 +140,9 @@ def memory():
 
     work(IMAGES, 5)
     images = np.random.default_rng(0).integers(0, 256, (60_000, 32, 32, 3), dtype=np.uint8)
-    before = peak()
+    before = core.peak_memory()['resident']
     work(images, 50)
-    print(f'{images.nbytes / 1e6:.0f} {peak() - before:.0f}')
+    print(f'{images.nbytes / 1e6:.0f} {core.peak_memory()['resident'] - before:.0f}')
 
 
 def on_gpu() -> list[str]:
