@@ -220,7 +220,9 @@ def _fit_weights(model: nn.Module, state: dict, source: str) -> nn.Module:
 def _renamed(model: nn.Module, state: dict) -> tuple[dict, list]:  # under timm's names; tensors that it would lose
     "Rename a state dict in the official layout by timm's filter for the model's class."
     rename = importlib.import_module(type(model).__module__).checkpoint_filter_fn
-    lost = [k for k in state if k.endswith('qkv.bias') and 'storage_tokens' in state and any(p.any() for p in state[k].chunk(3)[::2])]
+    patch, v3 = 'patch_embed.proj.weight', 'storage_tokens' in state
+    lost = [k for k, v in state.items() if (k == patch and v.shape != model.get_parameter(patch).shape)  # would be resized
+            or (v3 and k.endswith('qkv.bias') and any(p.any() for p in v.chunk(3)[::2]))]  # would be dropped: DINOv3's are all 0
     try:
         with contextlib.redirect_stdout(None): return rename(dict(state), _Same(model)), lost  # it prints what it leaves out
     except Exception: return state, lost  # whatever it raises over a state dict that is none of its own

@@ -320,7 +320,7 @@ class Keeper:
     def after_epoch(self, epochs: int):
         "Write a checkpoint if the epochs say so, and stop if asked."
         if any_process(self.asked, self.loop.accelerator): self.stop()
-        elif self.loop.epoch % self.loop.cfg.checkpoint_every == 0 and self.loop.epoch < epochs: self.write()
+        elif self.loop.epoch % self.loop.cfg.checkpoint_every == 0 or self.loop.epoch == epochs: self.write()  # the last one spares a stage that is stopped later
 
 # %% ../nbs/04_train.ipynb #0ea4d6ae
 def any_process(asked: int, accelerator) -> int:

@@ -113,7 +113,7 @@ def test_the_authors_file_is_found_in_the_cache_of_torch_hub(cache, monkeypatch)
         assert weights_file(name, 'official') == place/file
     monkeypatch.setattr(model, 'OFFICIAL', 'http://127.0.0.1:9')
     with pytest.raises(UserError, match='dinov2_vits14_reg4_pretrain.pth could not be downloaded'): backbone('dinov2_vits14_reg', 28, 'official')
-    for name in ('dinov3_vitb16', 'book-cifar'):
+    for name in ('dinov3_vits16', 'book-cifar'):
         with pytest.raises(UserError, match='no open address'): backbone(name, 32, 'official')
 
 
@@ -149,6 +149,19 @@ def test_a_size_must_be_a_multiple_of_the_patch(name):
     patch = BACKBONES[name].patch
     with pytest.raises(UserError, match=f'use {3 * patch}'): model.outline(name, 3 * patch + 1)
     for n in (1, 3, 8): assert model.outline(name, n * patch).patch_embed.num_patches == n * n
+
+
+def test_dinov3_in_its_authors_layout():
+    m = small('dinov3_vits16').backbone.eval()
+    state = {k.replace('reg_token', 'storage_tokens').replace('gamma_1', 'ls1.gamma').replace('gamma_2', 'ls2.gamma'): v for k, v in m.state_dict().items()}
+    state |= {'mask_token': torch.zeros(1, 96), 'rope_embed.periods': torch.ones(8)} | {f'blocks.{i}.attn.qkv.{b}': torch.zeros(288) for i in (0, 1) for b in ('bias', 'bias_mask')}
+    fit = lambda name, state: model._fit_weights(small(name).backbone, state, 'the file').eval()
+    x = images(small('dinov3_vits16'))
+    assert torch.equal(fit('dinov3_vits16', state)(x), m(x))
+    for name in ('dinov2_vits14', 'dinov2_vits14_reg', 'book-digits'):
+        with pytest.raises(UserError, match='holds the weights of another model'): fit(name, state)
+    for change in ({'blocks.0.attn.qkv.bias': torch.ones(288)}, {'patch_embed.proj.weight': torch.zeros(96, 3, 14, 14)}):
+        with pytest.raises(UserError, match=f'1 of its tensors do not fit, .{next(iter(change))}'): fit('dinov3_vits16', state | change)
 
 
 @pytest.mark.parametrize('name', KINDS)

@@ -91,6 +91,13 @@ def test_one_image_that_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(core.UserError, match='smaller backbone'): run(tmp_path, change=never)
 
 
+@pytest.mark.parametrize('fields', [{'pooling': 'mean'}, {'pooling': 'cls+mean'}, {'pooling': 'attention', 'micro_batch': 20}, {'head_widths': (), 'head_dropout': ()},
+                                    {'schedule': 'cosine'}, {'schedule': 'constant', 'clip_norm': 0., 'ema_decay': 0.}], ids=str)
+def test_every_choice_trains(tmp_path, fields):
+    result = run(tmp_path, **fields)
+    assert all(np.isfinite(r['loss']) for r in result['history']) and result['history'][0]['skipped'] == 0
+
+
 def test_checkpointed_blocks_learn_the_same(tmp_path):
     plain, saving = run(tmp_path/'a'), run(tmp_path/'b', gradient_checkpointing=True)
     assert [r['loss'] for r in saving['history']] == pytest.approx([r['loss'] for r in plain['history']], rel=1e-4)
