@@ -110,7 +110,7 @@ def summarise(rows: list[dict],  # one a run
 # %% ../nbs/09_ablation.ipynb #71519721
 def draw_gains(ax, summary: list[dict],  # of `summarise`, the first being the base
                labels: dict):
-    "Draw differences from the base in points, largest first; what stands at p < 0.05 after correction is dark."
+    "Draw differences from the base in points, largest first; what stands at p < 0.05 after correction is filled."
     rows = sorted(summary[1:], key=lambda s: -s['gain'])
     for i, s in enumerate(rows):
         real = s['holm'] is not None and s['holm'] < 0.05
@@ -119,6 +119,8 @@ def draw_gains(ax, summary: list[dict],  # of `summarise`, the first being the b
         ax.plot(100 * s['gain'], i, 'o', color=colour, markerfacecolor=colour if real else 'w', markersize=5.5)
     ax.axvline(0, color='k', linewidth=0.8)
     ax.set_xscale('symlog', linthresh=3, linscale=1.5)
+    ticks = [t for t in (-100, -30, -10, -3, -2, -1, 0, 1, 2, 3, 10, 30, 100) if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]]
+    ax.set_xticks(ticks, [f'{t:+d}' if t else '0' for t in ticks])
     ax.set(yticks=range(len(rows)), yticklabels=[labels[s['row']] for s in rows], ylim=(len(rows) - 0.5, -0.5))
 
 # %% ../nbs/09_ablation.ipynb #2f7a41c7
@@ -157,7 +159,7 @@ def cka(a: np.ndarray, b: np.ndarray) -> float:  # (n, dim), of the same images;
 # %% ../nbs/09_ablation.ipynb #da5e1f63
 def drift(before: torch.nn.Module, after: torch.nn.Module, images, cfg) -> dict:
     "Return the mean cosine and the CKA of two backbones' embeddings of the same images, and the relative change of the weights."
-    a, b = (infer(m, images, cfg) for m in (before, after))  # (n, dim)
+    a, b = (x[:, 0] if x.ndim == 3 else x for x in (infer(m, images, cfg) for m in (before, after)))  # (n, dim); CLS where there are all tokens
     old, new = (torch.cat([p.detach().flatten().cpu() for p in m.parameters()]) for m in (before, after))
     return {'cosine': torch.cosine_similarity(torch.from_numpy(a), torch.from_numpy(b)).mean().item(), 'cka': cka(a, b), 'weight_change': ((new - old).norm() / old.norm()).item()}
 
