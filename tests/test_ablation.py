@@ -1,13 +1,17 @@
 "The losses that the reference only proposes, the statistics of the ablation, and grids in which a cell fails."
+import copy
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dinocls import ablation, core, phase1 as chapter5, train
-from dinocls.ablation import add_rows, cka, ema_study, grid, holm, leave_rows, paired, summarise, turned_off
+from dinocls.ablation import add_rows, cka, drift, ema_study, grid, holm, leave_rows, paired, summarise, turned_off
 from dinocls.augment import label_loss, mixed_loss
 from dinocls.core import preset, variant
+from dinocls.data import load_split
+from dinocls.model import classifier
 from dinocls.phase1 import phase1
 
 
@@ -139,6 +143,17 @@ def test_cka_knows_turns_and_scale_from_change():
     assert cka(x, -2 * x @ turn + 5) == pytest.approx(1)
     assert cka(x, g.normal(size=(200, 6))) < 0.2
     assert cka(x.astype(np.float32), x) == pytest.approx(1)
+
+
+@pytest.mark.parametrize('pooling', ['cls', 'cls+mean', 'attention'])
+def test_drift_of_every_kind_of_backbone(pooling, tmp_path):
+    cfg = preset('smoke', out=tmp_path, pooling=pooling)
+    still, images = classifier(cfg, 10).backbone, load_split(cfg, 'val')[0][:8]
+    moved = copy.deepcopy(still)
+    with torch.no_grad(): moved.blocks[0].mlp.fc1.weight.mul_(3)
+    same, other = (drift(still, b, images, cfg) for b in (still, moved))
+    assert list(same.values()) == pytest.approx([1, 1, 0], abs=1e-5)
+    assert other['cosine'] < 0.999 and other['cka'] < 0.999 and other['weight_change'] > 0
 
 
 def test_a_map_of_rates_must_be_two_lists():
