@@ -225,10 +225,10 @@ def compare(case: dict, phase: int) -> dict:  # variant → {'rates': images a s
     processes = {name: child('measure', cases[name]) for name in names}
     try:
         found = {name: answer(process, ask=False) | {'rates': []} for name, process in processes.items()}
-        for number in range(case['rounds'] + 1):
-            for name in names[number % len(names):] + names[:number % len(names)]:  # nobody always comes first
+        for turns in range(case['rounds'] + 1):
+            for name in names[turns % len(names):] + names[:turns % len(names)]:  # nobody always comes first
                 found[name]['rates'].append(answer(processes[name]).get('rate'))
-                print(f'{case["model"]}, batch {case["batch"]}, phase {phase}, round {number}: {name} {found[name]["rates"][-1] or "failed"} images/s', flush=True)
+                print(f'{case["model"]}, batch {case["batch"]}, phase {phase}, round {turns}: {name} {number(found[name]["rates"][-1] or 0)} images/s', flush=True)
         for name, process in processes.items():
             process.stdin.close()
             found[name] |= answer(process, ask=False)
