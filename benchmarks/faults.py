@@ -118,6 +118,7 @@ def cost(name: str, folder: Path, **fields) -> dict:
     loop.best = {'accuracy': 0.0, 'epoch': 0, 'weights': loop.model.state_dict()}
     times = {'write': [], 'read': []}
     for _ in range(5):
+        loop.step += 1  # of two checkpoints of one step, the one just written might be taken for the older
         for what, f in (('write', save_checkpoint), ('read', load_checkpoint)):
             clock = time.perf_counter()
             file = f(loop, folder, name) if what == 'write' else f(loop, folder, name) and file
