@@ -59,7 +59,7 @@ def corruption(kind: str, *strengths, extra: bool = False):
         return fn
     return enter
 
-# %% ../nbs/12_robustness.ipynb #681397e4
+# %% ../nbs/12_robustness.ipynb #b36d9321
 def _signed(bits: int) -> int:
     "Return 64 bits as the signed number that torch has for them."
     return (bits + 2**63) % 2**64 - 2**63
@@ -72,7 +72,7 @@ def _scramble(z: Tensor) -> Tensor:  # int64
         z = (z ^ (z >> shift & 2 ** (64 - shift) - 1)) * _signed(factor)
     return z ^ (z >> 31 & 2**33 - 1)
 
-# %% ../nbs/12_robustness.ipynb #bd109c76
+# %% ../nbs/12_robustness.ipynb #0ba5ce3e
 class Draws:
     "Random numbers for images of a set: each image has a stream of its own, which its position in the set and a key decide."
     def __init__(self, key: int,  # any 64 bits
@@ -99,7 +99,7 @@ def gaussian_noise(x, sigma, draws):
     "Add normal noise of a deviation, to each value its own."
     return x + draws.normal(*x.shape[1:], sigma=sigma)
 
-# %% ../nbs/12_robustness.ipynb #8540d4e6
+# %% ../nbs/12_robustness.ipynb #47287522
 @functools.lru_cache(maxsize=8)
 def _poisson(rate: float) -> Tensor:  # (256, counts)
     "Return the cumulative Poisson probabilities of each 8-bit value at a rate for white, raised by the value."
@@ -114,7 +114,7 @@ def shot_noise(x, rate, draws):
     found = torch.searchsorted(table.flatten(), (value + draws.uniform(*x.shape[1:])).contiguous())
     return (found - value.long() * table.shape[1]).to(x) / rate
 
-# %% ../nbs/12_robustness.ipynb #29d84d42
+# %% ../nbs/12_robustness.ipynb #89fc940c
 @corruption('noise', .01, .02, .03, .05, .07)
 def impulse_noise(x, amount, draws):
     "Set a share of the values to 0 or 1, half of them each."
@@ -126,7 +126,7 @@ def speckle_noise(x, sigma, draws):
     "Add normal noise in proportion to the value."
     return x + x * draws.normal(*x.shape[1:], sigma=sigma)
 
-# %% ../nbs/12_robustness.ipynb #928a2f52
+# %% ../nbs/12_robustness.ipynb #eb5c66a8
 @functools.lru_cache(maxsize=256)
 def _bell(n: int, sigma: float, mode: str = 'nearest', truncate: float = 4) -> Tensor:  # (n, n)
     "Return the matrix that blurs n pixels with a Gaussian; what lies beyond the border is as SciPy's `mode` says."
@@ -151,7 +151,7 @@ def gaussian_blur(x, sigma, draws):
     "Blur each channel with a Gaussian; the border pixels are repeated outwards."
     return _blur(x, sigma * _unit(x))
 
-# %% ../nbs/12_robustness.ipynb #a625c9a0
+# %% ../nbs/12_robustness.ipynb #6fb4a3ee
 def _mirrored(i: Tensor, n: int) -> Tensor:
     "Return the place inside 0 … n − 1 of places outside, mirrored at the centres of the border pixels."
     return (n - 1 - (i % max(1, 2 * n - 2) - (n - 1)).abs()) if n > 1 else torch.zeros_like(i)
@@ -166,7 +166,7 @@ def _filter(x: Tensor, kernel: Tensor) -> Tensor:  # kernel (k, k), k odd
     flat = _pad(x, len(kernel) // 2).flatten(0, -3).unsqueeze(1)
     return F.conv2d(flat, kernel.to(x)[None, None]).view(x.shape)
 
-# %% ../nbs/12_robustness.ipynb #5d087793
+# %% ../nbs/12_robustness.ipynb #b8f61ba4
 @functools.lru_cache(maxsize=32)
 def _disc(radius: float, sigma: float) -> Tensor:  # (k, k), sums to 1
     "Return the kernel of a disc of a radius whose steps are softened by 3×3 (above a radius of 8, 5×5) values of a Gaussian."
@@ -182,30 +182,28 @@ def defocus_blur(x, strength, draws):
     "Spread each point over a disc of a radius, softened by a Gaussian."
     return _filter(x, _disc(*(v * _unit(x) for v in strength)))
 
-# %% ../nbs/12_robustness.ipynb #8d220012
-def _swapped(h: int, w: int, most: int, passes: int, draws) -> Tensor:  # (n, h·w)
-    "Return for each image where its pixels come from, after passes of random swaps over up to `most` pixels."
-    n, device = len(draws.state), draws.state.device
-    place, each = torch.arange(h * w, device=device).repeat(n, 1), torch.arange(n, device=device)
+# %% ../nbs/12_robustness.ipynb #3fa245f6
+def _shuffled(h: int, w: int, most: int, passes: int, draws) -> Tensor:  # (n, h·w)
+    "Return for each image where its pixels come from, after passes in which each copies one that is up to `most` pixels away."
+    device = draws.state.device
+    rows, cols = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
+    inner = (rows > most) & (rows <= h - most) & (cols > most) & (cols <= w - most)
+    place = (rows * w + cols).flatten().repeat(len(draws.state), 1)
     for _ in range(passes):
-        at = [(r, c) for r in range(h - most, most, -1) for c in range(w - most, most, -1)]
-        moves = draws.integers(-most, most, 2, len(at))  # -most … most - 1, as published
-        others = torch.tensor([r * w + c for r, c in at], device=device) + moves[:, 0] * w + moves[:, 1]
-        for (r, c), other in zip(at, others.unbind(1)):
-            taken = place[each, other]  # a copy
-            place[each, other] = place[:, r * w + c].clone()
-            place[:, r * w + c] = taken
+        down, right = draws.integers(-most, most, 2, h, w).unbind(1)  # -most … most - 1, as published
+        source = torch.where(inner, (rows + down) * w + cols + right, rows * w + cols)
+        place = place.gather(1, source.flatten(1))
     return place
 
 @corruption('blur', (.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))
 def glass_blur(x, strength, draws):
-    "Blur, swap pixels with neighbours, and blur again."
+    "Blur, mix pixels with their neighbours, and blur again."
     sigma, most, passes = strength[0] * _unit(x), max(1, round(strength[1] * _unit(x))), strength[2]
     x = (_blur(x, sigma) * 255 + 1e-9).floor() / 255  # stored as 8 bits in between
-    place = _swapped(*x.shape[-2:], most, passes, draws)
+    place = _shuffled(*x.shape[-2:], most, passes, draws)
     return _blur(x.flatten(2).gather(2, place[:, None].expand(-1, x.shape[1], -1)).view(x.shape), sigma)
 
-# %% ../nbs/12_robustness.ipynb #27500622
+# %% ../nbs/12_robustness.ipynb #d75cd722
 def _motion(x: Tensor, radius: float, sigma: float, angle: Tensor) -> Tensor:  # angle in degrees, (n,)
     "Blur images along a line that starts at each pixel; the border pixels are repeated outwards; values are rounded to 8 bits."
     (h, w), step = x.shape[-2:], torch.arange(2 * math.ceil(radius) + 1, device=x.device)
@@ -223,7 +221,7 @@ def motion_blur(x, strength, draws):
     "Blur along a line at an angle of up to 45° to the rows."
     return _motion(x, *(v * _unit(x) for v in strength), draws.uniform(low=-45, high=45))
 
-# %% ../nbs/12_robustness.ipynb #731e385a
+# %% ../nbs/12_robustness.ipynb #48aca160
 @functools.lru_cache(maxsize=1024)
 def _zoom(n: int, factor: float) -> Tensor:  # (n, n)
     "Return the matrix that enlarges the middle of n pixels to n pixels, linearly."
@@ -240,7 +238,7 @@ def zoom_blur(x, limit, draws):
     factors = np.arange(1, limit, 0.01).tolist()
     return (x + sum(_product(x, *(_zoom(n, f) for n in x.shape[-2:])) for f in factors)) / (len(factors) + 1)
 
-# %% ../nbs/12_robustness.ipynb #602c168e
+# %% ../nbs/12_robustness.ipynb #a2a43ef8
 def _plasma(n: int, decay: float, draws) -> Tensor:  # (images, n, n), 0 … 1
     "Return diamond-square fractals, n a power of two, wrapped around at the borders."
     z = torch.zeros(len(draws.state), n, n, dtype=draws.dtype, device=draws.state.device)
@@ -263,7 +261,7 @@ def fog(x, strength, draws):
     side, most = max(2, 2 ** math.ceil(math.log2(max(h, w)))), x.amax((1, 2, 3), keepdim=True)
     return (x + amount * _plasma(side, decay, draws)[:, None, :h, :w]) * most / (most + amount)
 
-# %% ../nbs/12_robustness.ipynb #9bf6fc62
+# %% ../nbs/12_robustness.ipynb #1e31424c
 def _grid(x: Tensor) -> tuple:
     "Return the size of a layer for images: the shorter side is 32."
     return tuple(max(1, round(n / _unit(x))) for n in x.shape[-2:])
@@ -286,7 +284,7 @@ def frost(x, strength, draws):
     "Lay a procedural frost texture over the image."
     return strength[0] * x + strength[1] * _fit(_frost(*_grid(x), draws), x)
 
-# %% ../nbs/12_robustness.ipynb #65a34d5e
+# %% ../nbs/12_robustness.ipynb #3096110b
 @corruption('weather', (.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))
 def snow(x, strength, draws):
     "Whiten the image and let flakes fall, in two directions."
@@ -298,7 +296,7 @@ def snow(x, strength, draws):
     light = (x * torch.tensor([0.299, 0.587, 0.114]).to(x).view(1, 3, 1, 1)).sum(1, keepdim=True)
     return weight * x + (1 - weight) * torch.maximum(x, light * 1.5 + 0.5) + flakes + flakes.flip(-1, -2)
 
-# %% ../nbs/12_robustness.ipynb #e33374bd
+# %% ../nbs/12_robustness.ipynb #cc2fbc34
 def _distance(marked: Tensor) -> Tensor:  # (n, h, w)
     "Return the Euclidean distance of each pixel to the nearest marked one of its image, infinite where there is none."
     h, w = marked.shape[-2:]
@@ -317,7 +315,7 @@ def _equalise(v: Tensor) -> Tensor:  # whole numbers 0 … 255, (n, h, w)
     table = ((counts - least) / (size - least).clamp(min=1) * 255).round().clamp(0, 255)
     return table.gather(1, v.flatten(1).long()).view(v.shape)
 
-# %% ../nbs/12_robustness.ipynb #17a45962
+# %% ../nbs/12_robustness.ipynb #67af0950
 def _shimmer(liquid: Tensor) -> Tensor:  # (n, h, w), 0 … 1 → 0 … 255
     "Return how light plays in drops of water: strongest along their edges, from one side."
     inside = liquid > 0
@@ -367,7 +365,7 @@ def contrast(x, factor, draws):
     mean = x.mean((2, 3), keepdim=True)  # (n, 3, 1, 1)
     return (x - mean) * factor + mean
 
-# %% ../nbs/12_robustness.ipynb #e198b50a
+# %% ../nbs/12_robustness.ipynb #7687f9aa
 @functools.lru_cache(maxsize=64)
 def _box(n: int, to: int) -> Tensor:  # (to, n)
     "Return the matrix by which Pillow's box filter resizes n pixels."
@@ -395,7 +393,7 @@ def jpeg_compression(x, quality, draws):
     with ThreadPoolExecutor(4) as pool: done = np.stack([*pool.map(through, flat)])
     return torch.from_numpy(done).permute(0, 3, 1, 2).to(x) / 255
 
-# %% ../nbs/12_robustness.ipynb #0a7b1ba9
+# %% ../nbs/12_robustness.ipynb #9878ff36
 def _sample(x: Tensor, rows: Tensor, cols: Tensor,  # places (n, h, w)
             inside) -> Tensor:  # function of (places, size) for what lies beyond the border
     "Read images between the pixels, linearly."
@@ -413,7 +411,7 @@ def _repeated(i: Tensor, n: int) -> Tensor:
     "Return the place inside 0 … n − 1 of places outside, mirrored at the border itself: its pixels come twice."
     return torch.minimum(i % (2 * n), 2 * n - 1 - i % (2 * n))
 
-# %% ../nbs/12_robustness.ipynb #79437472
+# %% ../nbs/12_robustness.ipynb #6e2d2f1b
 def _affine(h: int, w: int, most: float, draws) -> Tensor:  # (n, 3, 2)
     "Return the map from places (column, row, 1) back to where they come from, if three points each move by up to `most` pixels."
     side = min(h, w) // 3
@@ -465,28 +463,28 @@ def corrupt(images,  # uint8, array (n, h, w, 3) or tensor (n, 3, h, w)
     for i in range(0, len(images), size):
         x = images[i:i + size].to(dtype) / 255
         draws = Draws(key, torch.arange(first + i, first + i + len(x), device=x.device), dtype)
-        done[i:i + size] = (how.apply(x, how.strengths[severity - 1], draws).clamp(0, 1) * 255).to(torch.uint8)
+        x = how.apply(x, how.strengths[severity - 1], draws).clamp(0, 1) * 255
+        done[i:i + size] = (x + (1e-6 if dtype == torch.float64 else 1e-4)).to(torch.uint8)  # whole numbers stay so
     return done
 
-# %% ../nbs/12_robustness.ipynb #23b385f9
+# %% ../nbs/12_robustness.ipynb #c06cbc7b
 def _strip(image: Tensor, name: str, seed: int, severities=range(1, 6)) -> np.ndarray:  # (h, w·k, 3)
     "Return one image (1, 3, h, w) at several severities, side by side with white gaps."
     parts = [F.pad(corrupt(image, name, s, seed), (1, 1, 1, 1), value=255)[0] for s in severities]
     return torch.cat(parts, 2).permute(1, 2, 0).cpu().numpy()
 
-def draw_grid(image: Tensor, seed: int, title: str, severities=range(1, 6), columns: int = 2):  # uint8 (1, 3, h, w)
+def draw_grid(image: Tensor, seed: int, title: str, severities=range(1, 6), columns: int = 3):  # uint8 (1, 3, h, w)
     "Draw one image under every corruption, one strip of severities each; return the figure."
     rows = math.ceil(len(CORRUPTIONS) / columns)
-    fig, axes = subplots(rows, columns, size=(8.6, 0.62 * rows + 0.5 if len(severities) > 1 else 1.25 * rows + 0.5))
+    fig, axes = subplots(rows, columns, size=(8.6, rows * (8.2 / columns / len(severities) + 0.26) + 0.4))
     for ax in axes.flat: ax.axis('off')
-    for i, name in enumerate(CORRUPTIONS):
-        ax = axes[i % rows, i // rows] if len(severities) > 1 else axes.flat[i]
+    for ax, name in zip(axes.T.flat if len(severities) > 1 else axes.flat, CORRUPTIONS):
         ax.imshow(_strip(image, name, seed, severities))
         ax.set_title(name.replace('_', ' '), fontsize=8, fontweight='normal', pad=2)
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #4a62c5de
+# %% ../nbs/12_robustness.ipynb #9ae05b26
 def mean_interval(d: np.ndarray,  # (n,), one number an image
                   ends: tuple = (-1, 1)) -> tuple[float, float, float]:  # of the range of d
     "Return the mean over images with its 95 % interval, as if there were one more image at each end of the range."
@@ -504,9 +502,8 @@ def drop(before: np.ndarray,  # bool (n,) or (…, n): answers to clean images, 
     "Return the mean loss of accuracy with its paired 95 % interval."
     return dict(zip(('drop', 'drop_low', 'drop_high'), mean_interval(share(before) - share(after))))
 
-# %% ../nbs/12_robustness.ipynb #8b1b857f
-MODELS = {'knn': 'frozen, k-NN', 'linear': 'frozen, linear probe', 'phase1': 'frozen, head (phase 1)', 'phase2': 'fine-tuned (phase 2)',
-          'ensemble': 'ensemble', 'tta': 'fine-tuned, augmented at test time'}
+# %% ../nbs/12_robustness.ipynb #6d5c7406
+MODELS = {'knn': 'k-NN (frozen)', 'linear': 'linear probe (frozen)', 'phase1': 'head (frozen)', 'phase2': 'fine-tuned', 'ensemble': 'ensemble', 'tta': 'fine-tuned + TTA'}
 
 def views(images: Tensor,  # uint8 (n, 3, h, w)
           cfg) -> list[Tensor]:
@@ -516,7 +513,7 @@ def views(images: Tensor,  # uint8 (n, 3, h, w)
     padded = F.pad(images, (d, d, d, d))
     return [images, *([images.flip(-1)] if cfg.flip else []), *([padded[..., :h, :w], padded[..., 2 * d:, 2 * d:]] if d else [])]
 
-# %% ../nbs/12_robustness.ipynb #c2e98fba
+# %% ../nbs/12_robustness.ipynb #a30c49d4
 def contenders(cfg) -> dict:
     "Return the networks: the classifier of phase 1, and the members of the ensemble, of which the first is the model of phase 2."
     return {'phase1': phase1_model(cfg).eval(), 'members': [phase2_model(c).eval() for c in member_configs(cfg)]}
@@ -533,7 +530,7 @@ def answers(nets: dict, images: Tensor, cfg) -> dict:
     return {'feats': feats if feats.ndim == 2 else feats[:, 0], **{f'{name}_guess': p.argmax(1).astype(np.int16) for name, p in found.items()},
             **{f'{name}_confidence': p.max(1).astype(np.float32) for name, p in found.items()}}
 
-# %% ../nbs/12_robustness.ipynb #856b5ea1
+# %% ../nbs/12_robustness.ipynb #f3fd7e69
 def judge(cfg, sets: dict,  # name → function that makes its images, uint8 (n, 3, h, w)
           folder: Path) -> dict:  # name_guess, name_confidence: (models, n)
     "Let all models answer sets of images."
@@ -560,7 +557,7 @@ def _with_probes(cfg, parts: dict) -> dict:
         done |= {f'{name}_{what}': np.stack([p[f'{m}_{what}'] for m in MODELS]).astype(kind) for what, kind in (('guess', np.int16), ('confidence', np.float32))}
     return done
 
-# %% ../nbs/12_robustness.ipynb #f2bb367a
+# %% ../nbs/12_robustness.ipynb #9a418e37
 def evenly(n: int, wanted: int) -> np.ndarray:
     "Return positions of `wanted` of n images, evenly spaced; all of them for 0 or if there are fewer."
     return np.arange(n) if not wanted or wanted >= n else np.linspace(0, n - 1, wanted).round().astype(int)
@@ -579,7 +576,7 @@ def robustness(cfg, folder):
     sets = {'clean': lambda: images, **{name: functools.partial(_severities, images, name, cfg.seed) for name in CORRUPTIONS}}
     return {'names': list(CORRUPTIONS), 'classes': len(splits(cfg)['classes']), 'labels': labels, 'index': index} | judge(cfg, sets, folder)
 
-# %% ../nbs/12_robustness.ipynb #716038cd
+# %% ../nbs/12_robustness.ipynb #961b3c11
 def rightness(result, model: str, name: str) -> np.ndarray:  # bool (n,) for clean, else (5, n)
     "Return which answers of a model to a set are right."
     guess = result[f'{name}_guess'][list(MODELS).index(model)].reshape(-1, len(result['labels']))
@@ -619,14 +616,14 @@ def severity_rows(result, model: str = 'phase2') -> list[dict]:
                          'n': len(right), **{k: 100 * v for k, v in drop(rightness(result, model, 'clean'), right[None]).items()}})
     return rows
 
-# %% ../nbs/12_robustness.ipynb #dbe01f74
+# %% ../nbs/12_robustness.ipynb #cd9a2d51
 def mean_corruption_error(result, model: str, baseline: str = 'linear') -> float | None:  # 1: as the baseline
     "Return a model's mean corruption error over the benchmark's corruptions, relative to a baseline; None if that makes no error."
     errors = [[(~rightness(result, m, name)).sum() for name in benchmark()] for m in (model, baseline)]
     ratios = [a / b for a, b in zip(*errors) if b]
     return float(np.mean(ratios)) if ratios else None
 
-# %% ../nbs/12_robustness.ipynb #6e43072b
+# %% ../nbs/12_robustness.ipynb #41083d9f
 def calibration_rows(result) -> list[dict]:
     "Return calibration error and overconfidence (mean confidence minus accuracy), in points, of each model with probabilities at each severity of the benchmark's corruptions; 0 is clean."
     rows = []
@@ -642,7 +639,7 @@ def calibration_rows(result) -> list[dict]:
             rows.append({'model': model, 'severity': s, 'ece': 100 * calibration_error(p, labels), 'overconfidence': 100 * float(sure.mean() - (guess == labels).mean()), 'answers': len(p)})
     return rows
 
-# %% ../nbs/12_robustness.ipynb #232f1095
+# %% ../nbs/12_robustness.ipynb #958c40df
 def model_rows(result, baseline: str = 'linear') -> list[dict]:
     "Return one row a model, in percent: accuracies, drop, mean corruption error, and differences to a baseline with paired intervals."
     rows, base = [], {name: share(x) for name, x in _pair(result, baseline).items()}
@@ -667,7 +664,7 @@ def verdict(row: dict) -> str:
     "Say in words whether a model loses more under corruption than the baseline."
     return 'costs robustness' if row['extra_drop_low'] > 0 else 'adds robustness' if row['extra_drop_high'] < 0 else 'shows no difference in robustness'
 
-# %% ../nbs/12_robustness.ipynb #e2f7aab2
+# %% ../nbs/12_robustness.ipynb #61ad134a
 def by_corruption(result) -> list[dict]:
     "Return accuracy in percent over the severities of each corruption, a column a model, and how far phase 2 is ahead of the linear probe with its interval."
     rows = []
@@ -677,12 +674,12 @@ def by_corruption(result) -> list[dict]:
                      **{k.replace('drop', 'ahead'): 100 * v for k, v in ahead.items()}})
     return rows
 
-# %% ../nbs/12_robustness.ipynb #0717bbe5
+# %% ../nbs/12_robustness.ipynb #aba63036
 CIFAR10_C = Archive('CIFAR-10-C.tar', '56bf5dcef84df0e2308c6dcbcbbd8499', ('https://zenodo.org/records/2535967/files/CIFAR-10-C.tar?download=1',),
                     'CIFAR-10-C', dict.fromkeys([*(f'{name}.npy' for name in CORRUPTIONS), 'labels.npy']))
 CIFAR10_1 = {'cifar10.1_v6_data.npy': '24349cc5f3fb59648d75cd8015b5a184b1f5c250', 'cifar10.1_v6_labels.npy': 'e713b09cecf2ecd933970001909fcdec7c907ab0'}  # file → id in git
 
-# %% ../nbs/12_robustness.ipynb #78d24831
+# %% ../nbs/12_robustness.ipynb #89c403c6
 def _download(known: Archive, folder: Path) -> Path:
     "Fetch a file into a folder by chapter 1's means. Raise `UserError` if it is not to be had, or the folder cannot be written."
     from filelock import FileLock
@@ -699,7 +696,7 @@ def _download(known: Archive, folder: Path) -> Path:
     except OSError as e: raise UserError(f'{known.file} cannot be written into {folder} ({reason(e)}): free space there, or name another folder in DINOCLS_DATA or data_root.') from None
     raise UserError(_no_download(known.file, folder, known.file, failed))
 
-# %% ../nbs/12_robustness.ipynb #1009d973
+# %% ../nbs/12_robustness.ipynb #2f6e2037
 def _read_npy(file: Path, dims: int) -> np.ndarray:
     "Read an array of whole numbers from a file, memory-mapped. Raise `UserError` if it is missing, damaged, or another."
     if not file.is_file(): raise UserError(f'{file} is missing: put the published file there.')
@@ -709,7 +706,7 @@ def _read_npy(file: Path, dims: int) -> np.ndarray:
     if not fits: raise UserError(f'{file} holds {array.dtype} of shape {array.shape}, not {"labels (n,)" if dims == 1 else "uint8 images (n, height, width, 3)"}.')
     return array
 
-# %% ../nbs/12_robustness.ipynb #7d093bad
+# %% ../nbs/12_robustness.ipynb #6c12d03f
 def cifar10_c(name: str,  # a corruption
               root: str = '') -> tuple[np.ndarray, np.ndarray]:  # images uint8 (5, n, h, w, 3), memory-mapped, and labels (n,)
     "Load a corruption of the published CIFAR-10-C, fetched if need be. Raise `UserError` if it is damaged or not to be had."
@@ -732,7 +729,7 @@ def _unpack(folder: Path, place: Path):
             (Path(tmp)/CIFAR10_C.folder).rename(place)
     except (OSError, EOFError, tarfile.TarError) as e: raise UserError(f'{file} cannot be unpacked into {folder} ({reason(e)}): free space there, or delete the file if it is damaged.') from None
 
-# %% ../nbs/12_robustness.ipynb #c51d6be9
+# %% ../nbs/12_robustness.ipynb #25568844
 def cifar10_1(root: str = '', check: bool = True) -> tuple[np.ndarray, np.ndarray]:  # images uint8 (n, h, w, 3), labels (n,)
     "Load CIFAR-10.1, version 6, fetched if need be, and check that the files are the published ones. Raise `UserError` if they are not, or not to be had."
     folder, parts = data_folder(root), []
@@ -746,7 +743,7 @@ def cifar10_1(root: str = '', check: bool = True) -> tuple[np.ndarray, np.ndarra
     if len(images) != len(labels): raise UserError(f'{folder} holds {len(images):,} images and {len(labels):,} labels of CIFAR-10.1: fetch both files again.')
     return images, labels
 
-# %% ../nbs/12_robustness.ipynb #8828228e
+# %% ../nbs/12_robustness.ipynb #6b2b9d1d
 @stage(reads=['corruption_images', 'knn_k'], after=[features, ensemble])
 def published_c(cfg, folder):
     "Let all models answer the published CIFAR-10-C, and the test images it was made of. Raise `UserError` if it is not to be had."
@@ -759,7 +756,7 @@ def published_c(cfg, folder):
     sets = {'clean': lambda: tensor(data.images[test[index]]), **{name: functools.partial(read, name) for name in CORRUPTIONS}}
     return {'names': list(CORRUPTIONS), 'classes': len(splits(cfg)['classes']), 'labels': labels[index], 'index': index} | judge(cfg, sets, folder)
 
-# %% ../nbs/12_robustness.ipynb #9925ca35
+# %% ../nbs/12_robustness.ipynb #73a43932
 @stage(reads=['knn_k'], after=[features, ensemble])
 def published_1(cfg, folder):
     "Let all models answer CIFAR-10.1. Raise `UserError` if it is not to be had."
@@ -787,7 +784,7 @@ def draw_severities(result, title: str, model: str = 'phase2'):
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #11fb12bf
+# %% ../nbs/12_robustness.ipynb #c1c2481f
 def draw_heatmap(result, title: str, model: str = 'phase2'):
     "Draw a model's accuracy by corruption and severity, the hardest first; return the figure."
     names = sorted(result['names'], key=lambda name: rightness(result, model, name).mean())
@@ -804,7 +801,7 @@ def draw_heatmap(result, title: str, model: str = 'phase2'):
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #09a647c3
+# %% ../nbs/12_robustness.ipynb #c4fd512c
 def draw_models(result, rows: dict, title: str):  # rows: model → a row of `model_rows`
     "Draw each model's mean over the benchmark by severity, and what it loses from clean to corrupted with its interval; return the figure."
     fig, (left, right) = subplots(1, 2, size=(8.6, 3.7), width_ratios=(1.5, 1))
@@ -815,13 +812,13 @@ def draw_models(result, rows: dict, title: str):  # rows: model → a row of `mo
         low, middle, high = (rows[model][k] for k in ('drop_low', 'drop', 'drop_high'))
         right.errorbar(middle, i, xerr=[[middle - low], [high - middle]], capsize=3, **style)
     left.set(xticks=range(6), xticklabels=['clean', *range(1, 6)], xlabel='severity, mean of the benchmark\'s 15', ylabel='test accuracy (%)')
-    right.set(yticks=range(len(MODELS)), yticklabels=[MODELS[m].replace(', ', ',\n').replace(' (', '\n(') for m in MODELS], xlabel='points lost, clean to mean of 15\n(95 % interval over images)')
+    right.set(yticks=range(len(MODELS)), yticklabels=MODELS.values(), xlabel='points lost, clean to mean of 15\n(95 % interval over images)')
     right.invert_yaxis()
     fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=3)
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #59322d0d
+# %% ../nbs/12_robustness.ipynb #da145abb
 def draw_differences(table: list[dict], row: dict, n: int, title: str):  # of `by_corruption`, of `model_rows` for phase 2
     "Draw how far the fine-tuned model is ahead of the linear probe, clean, in the mean and under each corruption; return the figure."
     points = [(r['corruption'].replace('_', ' '), r['ahead'], r['ahead_low'], r['ahead_high'], 'C0') for r in sorted(table, key=lambda r: -r['ahead'])]
@@ -834,7 +831,7 @@ def draw_differences(table: list[dict], row: dict, n: int, title: str):  # of `b
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #fcabcffd
+# %% ../nbs/12_robustness.ipynb #7ee73d58
 def draw_calibration(rows: list[dict], title: str):  # of `calibration_rows`
     "Draw calibration error and overconfidence of each model over severity; return the figure."
     fig, axes = subplots(1, 2, size=(8.6, 3.5))
@@ -850,7 +847,7 @@ def draw_calibration(rows: list[dict], title: str):  # of `calibration_rows`
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #330cd518
+# %% ../nbs/12_robustness.ipynb #56f8d7d4
 def published_rows(cfg) -> list[dict]:
     "Return each model's accuracy on the published CIFAR-10-C and CIFAR-10.1, in percent with intervals; print why a set is left out."
     rows = []
