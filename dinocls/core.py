@@ -304,7 +304,7 @@ _DIGITS = dict(dataset='digits', backbone='book-digits', image_size=32, flip=Fal
 _SMOKE = _DIGITS | dict(train_size=200, val_size=100, test_size=100, batch_size=50, phase1_epochs=2, phase2_epochs=2,
                         members=2, study_seeds=2, attention_images=20, corruption_images=12, benchmark_seconds=0.1,
                         pretrain_epochs=2, pretrain_batch=50)
-_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, corruption_images=100, benchmark_seconds=0.5, pretrain_epochs=16)
+_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, corruption_images=80, benchmark_seconds=0.5, pretrain_epochs=16)
 _CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32, batch_size=512,
               phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=100, lr_backbone=1e-3, lr_head=1e-3, members=3,
               lr_pairs=((1e-3, 1e-3), (1e-4, 1e-2), (1e-5, 1e-3)))
