@@ -1,0 +1,183 @@
+"""Does training end in the same weights if it is killed 25 times, and checkpoints rot meanwhile?
+
+    .venv/bin/python benchmarks/faults.py [kills] [phase2_epochs]     writes benchmarks/faults.md; about 6 minutes on 2 cores
+
+`dinocls stage phase2 -p smoke` is killed by SIGKILL at random moments and started again until it ends: five times of six while a stage computes, else
+while it starts. If it ends before all kills are done, another round begins with another seed. After every fifth kill a random bit of the newest
+checkpoint is flipped. Each round's weights and history are compared with those of a run of the same seed that nobody disturbed.
+"""
+import argparse
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from dinocls import core
+from dinocls.data import Loader
+from dinocls.model import classifier
+from dinocls.train import Divided, load_checkpoint, save_checkpoint, start, train_epoch
+
+COMMAND, MINUTES, SPAN = str(Path(sys.executable).with_name('dinocls')), 0.01, 2.5  # minutes between checkpoints; seconds within which a kill comes
+STEPS = 4  # an epoch of the preset smoke: 200 images in batches of 50
+
+
+def begin(folder: Path, seed: int, epochs: int):
+    "Start the training in a run folder; it tells its progress in a file, and what it says in a log."
+    (progress := folder.with_suffix('.progress')).unlink(missing_ok=True)
+    fields = [f'seed={seed}', 'device=cpu', f'phase2_epochs={epochs}', f'checkpoint_minutes={MINUTES}']
+    env = {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'DINOCLS_PROGRESS': str(progress)}
+    with open(folder.with_suffix('.log'), 'a') as log:
+        return subprocess.Popen([COMMAND, 'stage', 'phase2', '-p', 'smoke', *(a for f in fields for a in ('-s', f)), '--out', str(folder)], env=env, stdout=log, stderr=log)
+
+
+def said(folder: Path) -> str: return folder.with_suffix('.log').read_text()
+
+
+def sound(folder: Path) -> list[Path]:
+    "Return the checkpoints whose content is that of their names, the newest first."
+    found = sorted((folder/'stages').glob('phase*.partial/checkpoint-*.pt'), reverse=True)
+    return [c for c in found if core.file_digest(c).startswith(c.stem.rpartition('-')[2])]
+
+
+def place(checkpoint: Path) -> tuple[str, int, int]:  # stage, epochs done, steps of the next one done
+    "Read off a checkpoint's name where it was written."
+    stage, epoch, step = re.fullmatch(r'checkpoint-(\w+)-(\d+)-(\d+)-\w+\.pt', checkpoint.name).groups()
+    return stage, int(epoch), int(step)
+
+
+def flip_bit(file: Path, chance: random.Random):
+    "Flip a random bit of a file."
+    with open(file, 'r+b') as f:
+        f.seek(at := chance.randrange(file.stat().st_size))
+        byte = f.read(1)[0]
+        f.seek(at)
+        f.write(bytes([byte ^ 1 << chance.randrange(8)]))
+
+
+def kill(process, folder: Path, chance: random.Random, start_up: float) -> dict | None:  # None: it ended before
+    "Kill the training at a random moment; return where it was."
+    progress, clock = folder.with_suffix('.progress'), time.perf_counter()
+    early, delay = chance.random() < 1 / 6, chance.random()
+    if not early:
+        while not progress.exists() and process.poll() is None: time.sleep(0.01)
+    try: process.wait(delay * (start_up if early else SPAN))
+    except subprocess.TimeoutExpired: process.kill(), process.wait()
+    if process.returncode >= 0: return None
+    seconds, at, found = time.perf_counter() - clock, core.read_json(progress) if progress.exists() else {}, sound(folder)
+    newest = place(found[0]) if found else None
+    begun = newest[1] if newest and newest[0] == at.get('stage') else 0  # no progress is told before the first epoch that is completed after a start
+    return {'seconds': seconds, 'stage': at.get('stage', ''), 'done': max(begun, at.get('done', 0)), 'newest': newest}
+
+
+def result(folder: Path) -> dict:
+    "Return the digests of the weights of both phases, and their histories but for the seconds."
+    stages = {name: next((folder/'stages').glob(f'{name}-*/run.json')).parent for name in ('phase1', 'phase2')}
+    history = lambda stage: [{k: v for k, v in row.items() if k != 'seconds'} for row in core.read_json(stage/'result.json')['history']]
+    return {name: (core.file_digest(stage/'weights.safetensors'), history(stage)) for name, stage in stages.items()}
+
+
+def undisturbed(folder: Path, seed: int, epochs: int) -> tuple[float, float]:
+    "Train without interruption; return the seconds until the first stage computed, and those of all."
+    clock, process, progress = time.perf_counter(), begin(folder, seed, epochs), folder.with_suffix('.progress')
+    while not progress.exists() and process.poll() is None: time.sleep(0.01)
+    start_up = time.perf_counter() - clock
+    if process.wait(): raise SystemExit(f'The undisturbed run failed:\n{said(folder)}')
+    return start_up, time.perf_counter() - clock
+
+
+def disturbed(folder: Path, seed: int, epochs: int, kills: int, before: int, start_up: float) -> list[dict]:
+    "Train in spite of at most `kills` kills, `before` of which were done in earlier rounds; return what happened at each."
+    events, chance = [], random.Random(seed)
+    while len(events) < kills:
+        event = kill(begin(folder, seed, epochs), folder, chance, start_up)
+        if not event: break
+        found = sound(folder)
+        event['flipped'] = (before + len(events) + 1) % 5 == 0 and bool(found)
+        if event['flipped']: flip_bit(found[0], chance)
+        event['intact'] = place(rest[0]) if (rest := sound(folder)) else None
+        events.append(event)
+        print(f'seed {seed}, kill {before + len(events)}: {event}', flush=True)
+    if begin(folder, seed, epochs).wait() == 0: return events
+    raise SystemExit(f'The run with seed {seed} cannot be brought to its end:\n{said(folder)[-2000:]}')
+
+
+def cost(name: str, folder: Path, **fields) -> dict:
+    "Return the MB of a checkpoint of phase 2, and the seconds that writing and reading one take."
+    cfg = core.preset('smoke', backbone=name, batch_size=2, device='cpu', precision='fp32', **fields)
+    loop = start(classifier(cfg, 10), cfg, 1, 4, 1e-5, 1e-4)
+    source = Loader(np.zeros((2, 32, 32, 3), np.uint8), np.arange(2), 2, 0)
+    train_epoch(loop, Divided(loop.model, loop.accelerator), source)
+    loop.best = {'accuracy': 0.0, 'epoch': 0, 'weights': loop.model.state_dict()}
+    times = {'write': [], 'read': []}
+    for _ in range(5):
+        loop.step += 1  # of two checkpoints of one step, the one just written might be taken for the older
+        for what, f in (('write', save_checkpoint), ('read', load_checkpoint)):
+            clock = time.perf_counter()
+            file = f(loop, folder, name) if what == 'write' else f(loop, folder, name) and file
+            times[what].append(time.perf_counter() - clock)
+    return {'mb': file.stat().st_size / 1e6, **{what: median(t) for what, t in times.items()}}
+
+
+def row(number: int, event: dict) -> str:
+    "Return the row of a kill."
+    where = lambda p: f'{p[0]}, epoch {p[1] + 1}, after step {p[2]}' if p else 'the beginning'
+    stage, done, trains = event['stage'], event['done'], event['stage'].startswith('phase')
+    same = event['intact'] and event['intact'][0] == stage
+    again = max(0, STEPS * done - (STEPS * event['intact'][1] + event['intact'][2] if same else 0)) if trains else 0
+    return (f'| {number} | {event["seed"]} | {event["seconds"]:.1f} | {f"{stage}, epoch {done + 1}" if trains else stage or "starting"} | {where(event["newest"])} | {"yes" if event["flipped"] else ""} '
+            f'| {where(event["intact"])} | {f"{again} to {again + STEPS - 1}" if trains else 0} |')
+
+
+def main(kills: int, epochs: int, out: Path):
+    torch.set_num_threads(1)
+    clock, rounds, events = time.perf_counter(), [], []
+    with tempfile.TemporaryDirectory() as tmp:
+        while len(events) < kills:
+            seed = 1 + len(rounds)
+            start_up, seconds = undisturbed(whole := Path(tmp)/f'whole-{seed}', seed, epochs)
+            found = disturbed(folder := Path(tmp)/f'killed-{seed}', seed, epochs, kills - len(events), len(events), start_up)
+            events += [e | {'seed': seed} for e in found]
+            rounds.append({'seed': seed, 'kills': len(found), 'flips': sum(e['flipped'] for e in found), 'noted': said(folder).count('is damaged'), 'seconds': seconds, 'whole': result(whole), 'killed': result(folder)})
+            if len(rounds) > kills: raise SystemExit('The training ends before it can be killed: give it more epochs.')
+        costs = {name: cost(name, Path(tmp)/name, **fields) for name, fields in {'book-digits': {}, 'dinov2_vits14': {'weights': 'random', 'image_size': 224}}.items()}
+    lines = report(rounds, events, costs, epochs, time.perf_counter() - clock)
+    with core.replacing(out) as file: file.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    print('\n'.join(lines))
+    if not all(r['whole'] == r['killed'] for r in rounds): raise SystemExit('Not all weights and histories are identical.')
+
+
+def report(rounds: list, events: list, costs: dict, epochs: int, seconds: float) -> list[str]:
+    "Return the lines of the report."
+    h, v = core.hardware(), core.versions()
+    same = lambda r, name, part: 'identical' if r['whole'][name][part] == r['killed'][name][part] else '**different**'
+    flips = [e for e in events if e['flipped']]
+    lines = ['# Training that is killed again and again', '',
+             f'{h["cpu"]}, {h["memory_gb"]} GB; Python {v["python"]}, torch {v["torch"]}. `dinocls stage phase2 -p smoke` on a CPU, one thread, {epochs} epochs of phase 2 with {STEPS} steps each, a checkpoint every {60 * MINUTES:g} s and every 5 epochs; '
+             f'{len(events)} kills, {len(flips)} flipped bits. It took {seconds / 60:.0f} minutes.', '',
+             '| seed | kills | bits flipped | "is damaged" noted | undisturbed run (s) | weights of phase 1 | weights of phase 2 | SHA-256 of phase 2, undisturbed | killed | histories |', '|---|---|---|---|---|---|---|---|---|---|']
+    for r in rounds:
+        digests = [f'`{r[k]["phase2"][0][:16]}`' for k in ('whole', 'killed')]
+        both = 'identical' if all(same(r, name, 1) == 'identical' for name in ('phase1', 'phase2')) else '**different**'
+        lines.append(f'| {r["seed"]} | {r["kills"]} | {r["flips"]} | {r["noted"]} | {r["seconds"]:.0f} | {same(r, "phase1", 0)} | {same(r, "phase2", 0)} | {" | ".join(digests)} | {both} |')
+    lines += ['', 'The checkpoint is the newest one when the process was killed; where a bit of it was flipped, training goes on from the one before. Progress is told once an epoch, so the steps that are done again are known up to an epoch.', '',
+              '| kill | seed | after (s) | killed in | newest checkpoint | a bit flipped | goes on from | steps done again |', '|---|---|---|---|---|---|---|---|', *(row(i + 1, e) for i, e in enumerate(events)), '',
+              'What a checkpoint of phase 2 costs (weights, averaged weights, best weights, both moments of AdamW; with its checksum):', '', '| backbone | MB | writing (s) | reading (s) | of the time, at one every 10 minutes |', '|---|---|---|---|---|',
+              *(f'| {name} | {c["mb"]:.0f} | {c["write"]:.2f} | {c["read"]:.2f} | {100 * c["write"] / 600:.3f} % |' for name, c in costs.items())]
+    return lines
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('kills', nargs='?', type=int, default=25)
+    parser.add_argument('epochs', nargs='?', type=int, default=100, help='of phase 2')
+    parser.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.md'))
+    args = parser.parse_args()
+    main(args.kills, args.epochs, args.out)
