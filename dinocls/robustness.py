@@ -58,7 +58,7 @@ def corruption(kind: str, *strengths, extra: bool = False):
         return fn
     return enter
 
-# %% ../nbs/12_robustness.ipynb #f1dd20b9
+# %% ../nbs/12_robustness.ipynb #5471d04d
 def _signed(bits: int) -> int:
     "Return 64 bits as the signed number that torch has for them."
     return (bits + 2**63) % 2**64 - 2**63
@@ -71,7 +71,7 @@ def _scramble(z: Tensor) -> Tensor:  # int64
         z = (z ^ (z >> shift & 2 ** (64 - shift) - 1)) * _signed(factor)
     return z ^ (z >> 31 & 2**33 - 1)
 
-# %% ../nbs/12_robustness.ipynb #a2d00adb
+# %% ../nbs/12_robustness.ipynb #71605cb8
 class Draws:
     "Random numbers for images of a set: each image has a stream of its own, which its position in the set and a key decide."
     def __init__(self, key: int,  # any 64 bits
@@ -98,7 +98,7 @@ def gaussian_noise(x, sigma, draws):
     "Add normal noise of a deviation, to each value its own."
     return x + draws.normal(*x.shape[1:], sigma=sigma)
 
-# %% ../nbs/12_robustness.ipynb #093b6033
+# %% ../nbs/12_robustness.ipynb #c69ea2ce
 @functools.lru_cache(maxsize=8)
 def _poisson(rate: float) -> Tensor:  # (256, counts)
     "Return the cumulative Poisson probabilities of each 8-bit value at a rate for white, raised by the value."
@@ -113,7 +113,7 @@ def shot_noise(x, rate, draws):
     found = torch.searchsorted(table.flatten(), (value + draws.uniform(*x.shape[1:])).contiguous())
     return (found - value.long() * table.shape[1]).to(x) / rate
 
-# %% ../nbs/12_robustness.ipynb #6bc16c1d
+# %% ../nbs/12_robustness.ipynb #e04aefed
 @corruption('noise', .01, .02, .03, .05, .07)
 def impulse_noise(x, amount, draws):
     "Set a share of the values to 0 or 1, half of them each."
@@ -125,7 +125,7 @@ def speckle_noise(x, sigma, draws):
     "Add normal noise in proportion to the value."
     return x + x * draws.normal(*x.shape[1:], sigma=sigma)
 
-# %% ../nbs/12_robustness.ipynb #5b729d79
+# %% ../nbs/12_robustness.ipynb #6f83a068
 @functools.lru_cache(maxsize=256)
 def _bell(n: int, sigma: float, mode: str = 'nearest', truncate: float = 4) -> Tensor:  # (n, n)
     "Return the matrix that blurs n pixels with a Gaussian; what lies beyond the border is as SciPy's `mode` says."
@@ -150,7 +150,7 @@ def gaussian_blur(x, sigma, draws):
     "Blur each channel with a Gaussian; the border pixels are repeated outwards."
     return _blur(x, sigma * _unit(x))
 
-# %% ../nbs/12_robustness.ipynb #1c40ba85
+# %% ../nbs/12_robustness.ipynb #1eb502e7
 def _mirrored(i: Tensor, n: int) -> Tensor:
     "Return the place inside 0 … n − 1 of places outside, mirrored at the centres of the border pixels."
     return (n - 1 - (i % max(1, 2 * n - 2) - (n - 1)).abs()) if n > 1 else torch.zeros_like(i)
@@ -165,7 +165,7 @@ def _filter(x: Tensor, kernel: Tensor) -> Tensor:  # kernel (k, k), k odd
     flat = _pad(x, len(kernel) // 2).flatten(0, -3).unsqueeze(1)
     return F.conv2d(flat, kernel.to(x)[None, None]).view(x.shape)
 
-# %% ../nbs/12_robustness.ipynb #035a5b57
+# %% ../nbs/12_robustness.ipynb #609c7652
 @functools.lru_cache(maxsize=32)
 def _disc(radius: float, sigma: float) -> Tensor:  # (k, k), sums to 1
     "Return the kernel of a disc of a radius whose steps are softened by 3×3 (above a radius of 8, 5×5) values of a Gaussian."
@@ -181,7 +181,7 @@ def defocus_blur(x, strength, draws):
     "Spread each point over a disc of a radius, softened by a Gaussian."
     return _filter(x, _disc(*(v * _unit(x) for v in strength)))
 
-# %% ../nbs/12_robustness.ipynb #089ee3a9
+# %% ../nbs/12_robustness.ipynb #f1fdcc98
 def _shuffled(h: int, w: int, most: int, passes: int, draws) -> Tensor:  # (n, h·w)
     "Return for each image where its pixels come from, after passes in which each copies one that is up to `most` pixels away."
     device = draws.state.device
@@ -202,7 +202,7 @@ def glass_blur(x, strength, draws):
     place = _shuffled(*x.shape[-2:], most, passes, draws)
     return _blur(x.flatten(2).gather(2, place[:, None].expand(-1, x.shape[1], -1)).view(x.shape), sigma)
 
-# %% ../nbs/12_robustness.ipynb #15c76bca
+# %% ../nbs/12_robustness.ipynb #f1a875fb
 def _motion(x: Tensor, radius: float, sigma: float, angle: Tensor) -> Tensor:  # angle in degrees, (n,)
     "Blur images along a line that starts at each pixel; the border pixels are repeated outwards; values are rounded to 8 bits."
     (h, w), step = x.shape[-2:], torch.arange(2 * math.ceil(radius) + 1, device=x.device)
@@ -220,7 +220,7 @@ def motion_blur(x, strength, draws):
     "Blur along a line at an angle of up to 45° to the rows."
     return _motion(x, *(v * _unit(x) for v in strength), draws.uniform(low=-45, high=45))
 
-# %% ../nbs/12_robustness.ipynb #d478d31c
+# %% ../nbs/12_robustness.ipynb #feac942f
 @functools.lru_cache(maxsize=1024)
 def _zoom(n: int, factor: float) -> Tensor:  # (n, n)
     "Return the matrix that enlarges the middle of n pixels to n pixels, linearly."
@@ -237,7 +237,7 @@ def zoom_blur(x, limit, draws):
     factors = np.arange(1, limit, 0.01).tolist()
     return (x + sum(_product(x, *(_zoom(n, f) for n in x.shape[-2:])) for f in factors)) / (len(factors) + 1)
 
-# %% ../nbs/12_robustness.ipynb #8a080016
+# %% ../nbs/12_robustness.ipynb #3d08e983
 def _plasma(n: int, decay: float, draws) -> Tensor:  # (images, n, n), 0 … 1
     "Return diamond-square fractals, n a power of two, wrapped around at the borders."
     z = torch.zeros(len(draws.state), n, n, dtype=draws.dtype, device=draws.state.device)
@@ -260,7 +260,7 @@ def fog(x, strength, draws):
     side, most = max(2, 2 ** math.ceil(math.log2(max(h, w)))), x.amax((1, 2, 3), keepdim=True)
     return (x + amount * _plasma(side, decay, draws)[:, None, :h, :w]) * most / (most + amount)
 
-# %% ../nbs/12_robustness.ipynb #70d8f0b3
+# %% ../nbs/12_robustness.ipynb #b4dd9c18
 def _grid(x: Tensor) -> tuple:
     "Return the size of a layer for images: the shorter side is 32."
     return tuple(max(1, round(n / _unit(x))) for n in x.shape[-2:])
@@ -283,7 +283,7 @@ def frost(x, strength, draws):
     "Lay a procedural frost texture over the image."
     return strength[0] * x + strength[1] * _fit(_frost(*_grid(x), draws), x)
 
-# %% ../nbs/12_robustness.ipynb #0eddf4d1
+# %% ../nbs/12_robustness.ipynb #3da5ecde
 @corruption('weather', (.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))
 def snow(x, strength, draws):
     "Whiten the image and let flakes fall, in two directions."
@@ -295,7 +295,7 @@ def snow(x, strength, draws):
     light = (x * torch.tensor([0.299, 0.587, 0.114]).to(x).view(1, 3, 1, 1)).sum(1, keepdim=True)
     return weight * x + (1 - weight) * torch.maximum(x, light * 1.5 + 0.5) + flakes + flakes.flip(-1, -2)
 
-# %% ../nbs/12_robustness.ipynb #f29ae401
+# %% ../nbs/12_robustness.ipynb #e951101f
 def _distance(marked: Tensor) -> Tensor:  # (n, h, w)
     "Return the Euclidean distance of each pixel to the nearest marked one of its image, infinite where there is none."
     h, w = marked.shape[-2:]
@@ -314,7 +314,7 @@ def _equalise(v: Tensor) -> Tensor:  # whole numbers 0 … 255, (n, h, w)
     table = ((counts - least) / (size - least).clamp(min=1) * 255).round().clamp(0, 255)
     return table.gather(1, v.flatten(1).long()).view(v.shape)
 
-# %% ../nbs/12_robustness.ipynb #ea880524
+# %% ../nbs/12_robustness.ipynb #91e2dd82
 def _shimmer(liquid: Tensor) -> Tensor:  # (n, h, w), 0 … 1 → 0 … 255
     "Return how light plays in drops of water: strongest along their edges, from one side."
     inside = liquid > 0
@@ -364,7 +364,7 @@ def contrast(x, factor, draws):
     mean = x.mean((2, 3), keepdim=True)  # (n, 3, 1, 1)
     return (x - mean) * factor + mean
 
-# %% ../nbs/12_robustness.ipynb #3f5c4ba0
+# %% ../nbs/12_robustness.ipynb #b8db97e5
 @functools.lru_cache(maxsize=64)
 def _box(n: int, to: int) -> Tensor:  # (to, n)
     "Return the matrix by which Pillow's box filter resizes n pixels."
@@ -392,7 +392,7 @@ def jpeg_compression(x, quality, draws):
     with ThreadPoolExecutor(4) as pool: done = np.stack([*pool.map(through, flat)])
     return torch.from_numpy(done).permute(0, 3, 1, 2).to(x) / 255
 
-# %% ../nbs/12_robustness.ipynb #13283cdf
+# %% ../nbs/12_robustness.ipynb #ca28e3ed
 def _sample(x: Tensor, rows: Tensor, cols: Tensor,  # places (n, h, w)
             inside) -> Tensor:  # function of (places, size) for what lies beyond the border
     "Read images between the pixels, linearly."
@@ -410,7 +410,7 @@ def _repeated(i: Tensor, n: int) -> Tensor:
     "Return the place inside 0 … n − 1 of places outside, mirrored at the border itself: its pixels come twice."
     return torch.minimum(i % (2 * n), 2 * n - 1 - i % (2 * n))
 
-# %% ../nbs/12_robustness.ipynb #0d993dfd
+# %% ../nbs/12_robustness.ipynb #cb6ba4af
 def _affine(h: int, w: int, most: float, draws) -> Tensor:  # (n, 3, 2)
     "Return the map from places (column, row, 1) back to where they come from, if three points each move by up to `most` pixels."
     side = min(h, w) // 3
@@ -466,7 +466,7 @@ def corrupt(images,  # uint8, array (n, h, w, 3) or tensor (n, 3, h, w)
         done[i:i + size] = (x + (1e-6 if dtype == torch.float64 else 1e-4)).to(torch.uint8)  # whole numbers stay so
     return done
 
-# %% ../nbs/12_robustness.ipynb #d9d54572
+# %% ../nbs/12_robustness.ipynb #def3e417
 def _strip(image: Tensor, name: str, seed: int, severities=range(1, 6)) -> np.ndarray:  # (h, w·k, 3)
     "Return one image (1, 3, h, w) at several severities, side by side with white gaps."
     parts = [F.pad(corrupt(image, name, s, seed), (1, 1, 1, 1), value=255)[0] for s in severities]
@@ -483,7 +483,7 @@ def draw_grid(image: Tensor, seed: int, title: str, severities=range(1, 6), colu
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #910a6264
+# %% ../nbs/12_robustness.ipynb #edbd9770
 def mean_interval(d: np.ndarray,  # (n,), one number an image
                   ends: tuple | None = None,  # of the two images added; None: ± the largest difference seen, at least `least`
                   least: float = 1) -> tuple[float, float, float]:
@@ -503,7 +503,7 @@ def drop(before: np.ndarray,  # bool (n,) or (…, n): answers to clean images, 
     "Return the mean loss of accuracy with its paired 95 % interval."
     return dict(zip(('drop', 'drop_low', 'drop_high'), mean_interval(share(before) - share(after), least=np.shape(after)[-1] / np.size(after))))
 
-# %% ../nbs/12_robustness.ipynb #5bf70e6e
+# %% ../nbs/12_robustness.ipynb #1672cf88
 MODELS = {'knn': 'k-NN (frozen)', 'linear': 'linear probe (frozen)', 'phase1': 'head (frozen)', 'phase2': 'fine-tuned', 'ensemble': 'ensemble', 'tta': 'fine-tuned + TTA'}
 
 def views(images: Tensor,  # uint8 (n, 3, h, w)
@@ -514,7 +514,7 @@ def views(images: Tensor,  # uint8 (n, 3, h, w)
     padded = F.pad(images, (d, d, d, d))
     return [images, *([images.flip(-1)] if cfg.flip else []), *([padded[..., :h, :w], padded[..., 2 * d:, 2 * d:]] if d else [])]
 
-# %% ../nbs/12_robustness.ipynb #0994c677
+# %% ../nbs/12_robustness.ipynb #d122b9f7
 def contenders(cfg) -> dict:
     "Return the networks: the classifier of phase 1, and the members of the ensemble, of which the first is the model of phase 2."
     return {'phase1': phase1_model(cfg).eval(), 'members': [phase2_model(c).eval() for c in member_configs(cfg)]}
@@ -531,7 +531,7 @@ def answers(nets: dict, images: Tensor, cfg) -> dict:
     return {'feats': feats if feats.ndim == 2 else feats[:, 0], **{f'{name}_guess': p.argmax(1).astype(np.int16) for name, p in found.items()},
             **{f'{name}_confidence': p.max(1).astype(np.float32) for name, p in found.items()}}
 
-# %% ../nbs/12_robustness.ipynb #967ca01a
+# %% ../nbs/12_robustness.ipynb #e57e810b
 def judge(cfg, sets: dict,  # name → function that makes its images, uint8 (n, 3, h, w)
           folder: Path) -> dict:  # name_guess, name_confidence: (models, n)
     "Let all models answer sets of images."
@@ -558,7 +558,7 @@ def _with_probes(cfg, parts: dict) -> dict:
         done |= {f'{name}_{what}': np.stack([p[f'{m}_{what}'] for m in MODELS]).astype(kind) for what, kind in (('guess', np.int16), ('confidence', np.float32))}
     return done
 
-# %% ../nbs/12_robustness.ipynb #5da593fc
+# %% ../nbs/12_robustness.ipynb #34d887ee
 def evenly(n: int, wanted: int) -> np.ndarray:
     "Return positions of `wanted` of n images, evenly spaced; all of them for 0 or if there are fewer."
     return np.arange(n) if not wanted or wanted >= n else np.linspace(0, n - 1, wanted).round().astype(int)
@@ -577,7 +577,7 @@ def robustness(cfg, folder):
     sets = {'clean': lambda: images, **{name: functools.partial(_severities, images, name, cfg.seed) for name in CORRUPTIONS}}
     return {'names': list(CORRUPTIONS), 'classes': len(splits(cfg)['classes']), 'labels': labels, 'index': index} | judge(cfg, sets, folder)
 
-# %% ../nbs/12_robustness.ipynb #c17e2919
+# %% ../nbs/12_robustness.ipynb #b27fb4c3
 def rightness(result, model: str, name: str) -> np.ndarray:  # bool (n,) for clean, else (5, n)
     "Return which answers of a model to a set are right."
     guess = result[f'{name}_guess'][list(MODELS).index(model)].reshape(-1, len(result['labels']))
@@ -617,14 +617,14 @@ def severity_rows(result, model: str = 'phase2') -> list[dict]:
                          'n': len(right), **{k: 100 * v for k, v in drop(rightness(result, model, 'clean'), right[None]).items()}})
     return rows
 
-# %% ../nbs/12_robustness.ipynb #a339e43c
+# %% ../nbs/12_robustness.ipynb #8d4fc7e1
 def mean_corruption_error(result, model: str, baseline: str = 'linear') -> float | None:  # 1: as the baseline
     "Return a model's mean corruption error over the benchmark's corruptions, relative to a baseline; None if that makes no error."
     errors = [[(~rightness(result, m, name)).sum() for name in benchmark()] for m in (model, baseline)]
     ratios = [a / b for a, b in zip(*errors) if b]
     return float(np.mean(ratios)) if ratios else None
 
-# %% ../nbs/12_robustness.ipynb #9f0af3a1
+# %% ../nbs/12_robustness.ipynb #45ab9bf8
 def calibration_rows(result) -> list[dict]:
     "Return calibration error and overconfidence (mean confidence minus accuracy), in points, of each model with probabilities at each severity of the benchmark's corruptions; 0 is clean."
     rows = []
@@ -640,7 +640,7 @@ def calibration_rows(result) -> list[dict]:
             rows.append({'model': model, 'severity': s, 'ece': 100 * calibration_error(p, labels), 'overconfidence': 100 * float(sure.mean() - (guess == labels).mean()), 'answers': len(p)})
     return rows
 
-# %% ../nbs/12_robustness.ipynb #fc8bd4ec
+# %% ../nbs/12_robustness.ipynb #0ff85c96
 def model_rows(result, baseline: str = 'linear') -> list[dict]:
     "Return one row a model, in percent: accuracies, drop, mean corruption error, and differences to a baseline with paired intervals."
     rows, base = [], {name: share(x) for name, x in _pair(result, baseline).items()}
@@ -669,7 +669,7 @@ def verdict(row: dict) -> str:
     "Say in words whether a model loses more under corruption than the baseline."
     return 'costs robustness' if row['extra_drop_low'] > 0 else 'adds robustness' if row['extra_drop_high'] < 0 else 'shows no difference in robustness'
 
-# %% ../nbs/12_robustness.ipynb #26bb7254
+# %% ../nbs/12_robustness.ipynb #6f1c76cb
 def by_corruption(result) -> list[dict]:
     "Return accuracy in percent over the severities of each corruption, a column a model, and how far phase 2 is ahead of the linear probe with its interval."
     rows = []
@@ -679,12 +679,12 @@ def by_corruption(result) -> list[dict]:
                      **{k.replace('drop', 'ahead'): 100 * v for k, v in ahead.items()}})
     return rows
 
-# %% ../nbs/12_robustness.ipynb #a8c4d178
+# %% ../nbs/12_robustness.ipynb #d42e55ec
 CIFAR10_C = Archive('CIFAR-10-C.tar', '56bf5dcef84df0e2308c6dcbcbbd8499', ('https://zenodo.org/records/2535967/files/CIFAR-10-C.tar?download=1',),
                     'CIFAR-10-C', dict.fromkeys([*(f'{name}.npy' for name in CORRUPTIONS), 'labels.npy']))
 CIFAR10_1 = {'cifar10.1_v6_data.npy': '24349cc5f3fb59648d75cd8015b5a184b1f5c250', 'cifar10.1_v6_labels.npy': 'e713b09cecf2ecd933970001909fcdec7c907ab0'}  # file → id in git
 
-# %% ../nbs/12_robustness.ipynb #61424ec5
+# %% ../nbs/12_robustness.ipynb #d510f124
 def _download(known: Archive, folder: Path) -> Path:
     "Fetch a file into a folder by chapter 1's means. Raise `UserError` if it is not to be had, or the folder cannot be written."
     from filelock import FileLock
@@ -701,7 +701,7 @@ def _download(known: Archive, folder: Path) -> Path:
     except OSError as e: raise UserError(f'{known.file} cannot be written into {folder} ({reason(e)}): free space there, or name another folder in DINOCLS_DATA or data_root.') from None
     raise UserError(_no_download(known.file, folder, known.file, failed))
 
-# %% ../nbs/12_robustness.ipynb #7a39512e
+# %% ../nbs/12_robustness.ipynb #b273201c
 def _read_npy(file: Path, dims: int) -> np.ndarray:
     "Read an array of whole numbers from a file, memory-mapped. Raise `UserError` if it is missing, damaged, or another."
     if not file.is_file(): raise UserError(f'{file} is missing: put the published file there.')
@@ -711,7 +711,7 @@ def _read_npy(file: Path, dims: int) -> np.ndarray:
     if not fits: raise UserError(f'{file} holds {array.dtype} of shape {array.shape}, not {"labels (n,)" if dims == 1 else "uint8 images (n, height, width, 3)"}.')
     return array
 
-# %% ../nbs/12_robustness.ipynb #4679019f
+# %% ../nbs/12_robustness.ipynb #e6af7a8d
 def cifar10_c(name: str,  # a corruption
               root: str = '') -> tuple[np.ndarray, np.ndarray]:  # images uint8 (5, n, h, w, 3), memory-mapped, and labels (n,)
     "Load a corruption of the published CIFAR-10-C, fetched if need be. Raise `UserError` if it is damaged or not to be had."
@@ -734,7 +734,7 @@ def _unpack(folder: Path, place: Path):
             (Path(tmp)/CIFAR10_C.folder).rename(place)
     except (OSError, EOFError, tarfile.TarError) as e: raise UserError(f'{file} cannot be unpacked into {folder} ({reason(e)}): free space there, or delete the file if it is damaged.') from None
 
-# %% ../nbs/12_robustness.ipynb #2d2e5f16
+# %% ../nbs/12_robustness.ipynb #e4d7d323
 def cifar10_1(root: str = '', check: bool = True) -> tuple[np.ndarray, np.ndarray]:  # images uint8 (n, h, w, 3), labels (n,)
     "Load CIFAR-10.1, version 6, fetched if need be, and check that the files are the published ones. Raise `UserError` if they are not, or not to be had."
     folder, parts = data_folder(root), []
@@ -748,7 +748,7 @@ def cifar10_1(root: str = '', check: bool = True) -> tuple[np.ndarray, np.ndarra
     if len(images) != len(labels): raise UserError(f'{folder} holds {len(images):,} images and {len(labels):,} labels of CIFAR-10.1: fetch both files again.')
     return images, labels
 
-# %% ../nbs/12_robustness.ipynb #a628c0bc
+# %% ../nbs/12_robustness.ipynb #4a4352c7
 @stage(reads=['corruption_images', 'knn_k'], after=[features, ensemble])
 def published_c(cfg, folder):
     "Let all models answer the published CIFAR-10-C, and the test images it was made of. Raise `UserError` if it is not to be had."
@@ -761,7 +761,7 @@ def published_c(cfg, folder):
     sets = {'clean': lambda: tensor(data.images[test[index]]), **{name: functools.partial(read, name) for name in CORRUPTIONS}}
     return {'names': list(CORRUPTIONS), 'classes': len(splits(cfg)['classes']), 'labels': labels[index], 'index': index} | judge(cfg, sets, folder)
 
-# %% ../nbs/12_robustness.ipynb #a9271005
+# %% ../nbs/12_robustness.ipynb #a30e74b8
 @stage(reads=['knn_k'], after=[features, ensemble])
 def published_1(cfg, folder):
     "Let all models answer CIFAR-10.1. Raise `UserError` if it is not to be had."
@@ -789,7 +789,7 @@ def draw_severities(result, title: str, model: str = 'phase2'):
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #561ec89b
+# %% ../nbs/12_robustness.ipynb #1a3749f5
 def draw_heatmap(result, title: str, model: str = 'phase2'):
     "Draw a model's accuracy by corruption and severity, the hardest first; return the figure."
     names = sorted(result['names'], key=lambda name: rightness(result, model, name).mean())
@@ -806,7 +806,7 @@ def draw_heatmap(result, title: str, model: str = 'phase2'):
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #9e9f3af6
+# %% ../nbs/12_robustness.ipynb #edca7e13
 def draw_models(result, rows: dict, title: str):  # rows: model → a row of `model_rows`
     "Draw each model's mean over the benchmark by severity, and what it loses from clean to corrupted with its interval; return the figure."
     fig, (left, right) = subplots(1, 2, size=(8.6, 3.7), width_ratios=(1.5, 1))
@@ -823,7 +823,7 @@ def draw_models(result, rows: dict, title: str):  # rows: model → a row of `mo
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #e9559929
+# %% ../nbs/12_robustness.ipynb #826c4c3b
 def draw_differences(table: list[dict], row: dict, n: int, title: str):  # of `by_corruption`, of `model_rows` for phase 2
     "Draw how far the fine-tuned model is ahead of the linear probe, clean, in the mean and under each corruption; return the figure."
     points = [(r['corruption'].replace('_', ' '), r['ahead'], r['ahead_low'], r['ahead_high'], 'C0') for r in sorted(table, key=lambda r: -r['ahead'])]
@@ -836,7 +836,7 @@ def draw_differences(table: list[dict], row: dict, n: int, title: str):  # of `b
     fig.suptitle(title, x=0, ha='left', fontweight='bold', fontsize=11)
     return fig
 
-# %% ../nbs/12_robustness.ipynb #056684c6
+# %% ../nbs/12_robustness.ipynb #2f7dd50e
 def draw_calibration(rows: list[dict], title: str):  # of `calibration_rows`
     "Draw calibration error and overconfidence of each model over severity; return the figure."
     fig, axes = subplots(1, 2, size=(8.6, 3.8))
@@ -852,7 +852,7 @@ def draw_calibration(rows: list[dict], title: str):  # of `calibration_rows`
     fig.suptitle(title, x=0, ha='left', fontweight='bold')
     return fig
 
-# %% ../nbs/12_robustness.ipynb #6ab6ec7a
+# %% ../nbs/12_robustness.ipynb #a78d0691
 def published_rows(cfg) -> list[dict]:
     "Return each model's accuracy on the published CIFAR-10-C and CIFAR-10.1, in percent with intervals; print why a set is left out."
     rows = []
