@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GREY', 'OPS', 'SIGNED', 'MEAN', 'STD', 'uniform', 'flip', 'shift', 'brightness', 'contrast', 'saturation', 'turn_hue',
            'jitter', 'erase', 'warp', 'magnitude', 'by_op', 'randaugment', 'autoaugment', 'augment', 'mix',
-           'mixed_loss', 'enlarge', 'prepare']
+           'label_loss', 'mixed_loss', 'enlarge', 'prepare']
 
 # %% ../nbs/02_augment.ipynb #d7df16e6
 import functools
@@ -214,11 +214,23 @@ def _beta(x: Tensor, a: float, generator) -> Tensor:
     rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
     return torch.from_numpy(rng.beta(a, a, (len(x), 1, 1, 1))).to(x)
 
+# %% ../nbs/02_augment.ipynb #29ac68c2
+def label_loss(logits: Tensor, y: Tensor, smoothing: float = 0.0, gamma: float = 0.0) -> Tensor:  # (b,)
+    "Return each image's focal loss for a smoothed label, Σ q·(1 − p)^γ·(−log p) over the classes; cross entropy for γ = 0."
+    if not gamma: return F.cross_entropy(logits, y, label_smoothing=smoothing, reduction='none')
+    log_p = F.log_softmax(logits, 1)
+    q = (1 - smoothing) * F.one_hot(y, logits.shape[1]) + smoothing / logits.shape[1]
+    return -(q * (-torch.expm1(log_p)).clamp(min=1e-7) ** gamma * log_p).sum(1)  # at 0 a root has no slope
+
 # %% ../nbs/02_augment.ipynb #556db4a0
-def mixed_loss(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor, smoothing: float = 0.0) -> Tensor:
-    "Return the batch mean of λ·CE(y_a) + (1 − λ)·CE(y_b), labels smoothed."
-    a, b = (F.cross_entropy(logits, y, label_smoothing=smoothing, reduction='none') for y in (y_a, y_b))
-    return (lam * a + (1 - lam) * b).mean()
+def mixed_loss(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor, smoothing: float = 0.0, gamma: float = 0.0,
+               hard: float = 0.0) -> Tensor:  # power of an image's own loss, by which it counts
+    "Return the batch mean of λ·L(y_a) + (1 − λ)·L(y_b), L being cross entropy, or focal loss where γ is above 0, of smoothed labels."
+    a, b = (label_loss(logits, y, smoothing, gamma) for y in (y_a, y_b))
+    loss = lam * a + (1 - lam) * b  # (b,)
+    if not hard: return loss.mean()
+    weight = loss.detach().clamp(min=1e-12) ** hard
+    return (weight / weight.mean() * loss).mean()
 
 # %% ../nbs/02_augment.ipynb #39f0744d
 @functools.lru_cache(maxsize=32)

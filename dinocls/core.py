@@ -114,6 +114,8 @@ class TrainConfig:
     schedule: str = 'onecycle'  # of the rates: onecycle, cosine or constant, each after a warm-up
     warmup: float = 0.1  # fraction of the steps in which the rates rise
     label_smoothing: float = 0.1  # mass spread over the other classes
+    focal_gamma: float = 0.0  # γ of the focal loss, which counts sure predictions less; 0: cross entropy
+    hard_weight: float = 0.0  # an image counts in proportion to its loss to this power; 0: all alike
     clip_norm: float = 1.0  # largest norm of the gradient; 0: no clipping
     ema_decay: float = 0.9999  # of the averaged weights; 0: no average
     ema_warmup: bool = True  # let the decay rise from 0, so that short runs forget their start
@@ -140,7 +142,10 @@ class StudyConfig:
     "How deep the studies go."
     members: int = 2  # models in the ensemble: seeds `seed`, `seed + 1`, …
     study_seeds: int = 3  # seeds of each ablation row
+    study_size: int = 0  # training images of the studies of chapter 9; 0: all
+    study_phase2: bool = False  # train the rows that leave one technique out end to end, and not the head alone
     lr_pairs: tuple = ((1e-4, 1e-4), (1e-5, 1e-3), (1e-6, 1e-4))  # (backbone, head) rates compared
+    lr_grid: tuple = ((1e-6, 1e-5, 1e-4), (1e-5, 1e-4, 1e-3))  # backbone rates and head rates, of which all pairs are tried once
     knn_k: int = 3  # neighbours that vote
     attention_images: int = 100  # images in the attention study, stratified
     corruption_images: int = 0  # test images that are corrupted, evenly spaced over the split; 0: all
@@ -216,7 +221,7 @@ def _check_numbers(cfg):
     "Refuse numbers that no run could use."
     at_least_1 = ('batch_size image_size members study_seeds knn_k attention_images checkpoint_every phase1_epochs phase2_epochs '
                   'pretrain_epochs prototypes randaugment_ops bad_steps')
-    not_negative = ('train_size val_size test_size crop weight_decay label_smoothing clip_norm mixup cutmix brightness contrast '
+    not_negative = ('train_size val_size test_size study_size crop weight_decay label_smoothing focal_gamma hard_weight clip_norm mixup cutmix brightness contrast '
                     'saturation phase1_lr lr_backbone lr_head split_seed seed pretrain_lr local_views koleo patch_loss view_aspect view_rotation '
                     'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start micro_batch checkpoint_minutes lora_rank corruption_images')
     below_1 = ('erasing warmup label_smoothing ema_decay brightness contrast saturation teacher_momentum view_erasing view_brightness '
@@ -246,6 +251,8 @@ def _check_choices(cfg):
         if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) <= 0: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be two numbers above 0.')
     if not cfg.lr_pairs or any(len(pair) != 2 for pair in cfg.lr_pairs):
         raise UserError('lr_pairs must be pairs (backbone rate, head rate), as in "((1e-4, 1e-4), (1e-6, 1e-4))".')
+    if len(cfg.lr_grid) != 2 or not all(isinstance(rates, tuple) and rates and min(rates) >= 0 for rates in cfg.lr_grid):
+        raise UserError('lr_grid must be two lists, of backbone rates and of head rates, as in "((1e-6, 1e-5), (1e-4, 1e-3))".')
 
 def _check_augment(cfg):
     "Refuse strengths beyond their range."
@@ -303,16 +310,17 @@ class Preset:
 # %% ../nbs/00_core.ipynb #65a6141d
 _DIGITS = dict(dataset='digits', backbone='book-digits', image_size=32, flip=False, crop=1, batch_size=32,
                phase1_lr=1e-2, lr_backbone=1e-4, lr_head=1e-2, lr_pairs=((1e-2, 1e-2), (1e-3, 1e-1), (1e-4, 1e-2)),
+               lr_grid=((1e-4, 1e-3, 1e-2), (1e-3, 1e-2, 1e-1)),
                view_zoom=(0.85, 1.18), view_rotation=15.0, view_shear=0.15, view_shift=0.12, view_elastic=0.12, view_flip=False,
                view_brightness=0.3, view_saturation=0.0, view_grey=0.0, view_noise=0.05, view_erasing=0.25,
                pretrain_batch=128, pretrain_lr=2e-3, prototypes=128, teacher_momentum=0.9)
 _SMOKE = _DIGITS | dict(train_size=200, val_size=100, test_size=100, batch_size=50, phase1_epochs=2, phase2_epochs=2,
-                        members=2, study_seeds=2, attention_images=20, corruption_images=12, benchmark_seconds=0.1,
+                        members=2, study_seeds=2, lr_grid=((1e-4, 1e-2), (1e-2,)), attention_images=20, corruption_images=12, benchmark_seconds=0.1,
                         pretrain_epochs=2, pretrain_batch=50)
-_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, corruption_images=80, benchmark_seconds=0.5, pretrain_epochs=16)
+_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, study_size=256, corruption_images=80, benchmark_seconds=0.5, pretrain_epochs=16)
 _CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32, batch_size=512,
               phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=100, lr_backbone=1e-3, lr_head=1e-3, members=3,
-              lr_pairs=((1e-3, 1e-3), (1e-4, 1e-2), (1e-5, 1e-3)))
+              lr_pairs=((1e-3, 1e-3), (1e-4, 1e-2), (1e-5, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3), (1e-4, 1e-3, 1e-2)))
 _REFERENCE = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='dinov2_vitb14', image_size=224, batch_size=64,
                   precision='fp16', corruption_images=1000)
 _BEST = _REFERENCE | dict(corruption_images=2000, batch_size=256, precision='bf16', phase2_epochs=20, lr_backbone=1e-5, lr_head=1e-3, members=3)

@@ -171,7 +171,7 @@ def train_step(loop: Loop, forward, x, y_a, y_b, lam, seed: int = 0) -> tuple[to
         torch.manual_seed(seed)  # dropout
         try:
             if x.ndim == 4: loop.batch = prepare(x, loop.cfg, out=loop.batch)  # fresh memory for large images would cost more than filling it
-            loss = mixed_loss(forward(loop.batch if x.ndim == 4 else x, loop.micro), y_a, y_b, lam, loop.cfg.label_smoothing)
+            loss = mixed_loss(forward(loop.batch if x.ndim == 4 else x, loop.micro), y_a, y_b, lam, loop.cfg.label_smoothing, loop.cfg.focal_gamma, loop.cfg.hard_weight)
             if not (moved := optimise(loop, loss)): _put_back(buffers, before)
             return loss.detach(), moved
         except RuntimeError as e:
