@@ -9,8 +9,8 @@ __all__ = ['CHECKS', 'CHOICES', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAG
            'preset', 'parse_overrides', 'format_overrides', 'replacing', 'as_os_error', 'write_json', 'read_json',
            'open_run', 'version', 'configure', 'progress', 'Result', 'save_result', 'View', 'whole', 'variant',
            'shipped', 'weights_digest', 'Stage', 'stage', 'run_stage', 'rank', 'stage_record', 'git_commit', 'versions',
-           'hardware', 'cores', 'cpu_name', 'peak_memory', 'metric', 'wilson', 'write_metrics', 'read_metrics',
-           'write_history', 'subplots', 'save_figure', 'save_table']
+           'hardware', 'cores', 'cpu_name', 'peak_memory', 'run_stages', 'metric', 'wilson', 'write_metrics',
+           'read_metrics', 'write_history', 'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
@@ -19,18 +19,23 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -708,6 +713,75 @@ def peak_memory() -> dict:
     torch = sys.modules.get('torch')
     gpu = {'gpu': round(torch.cuda.max_memory_allocated() / 2**20)} if torch and torch.cuda.is_available() else {}
     return {'resident': round(peak), **gpu}
+
+# %% ../nbs/00_core.ipynb #031224ff
+def run_stages(stage: Stage, cfgs: list[Config],
+               devices: list[str] | None = None) -> list[Result]:  # two or more, a worker process each; None: the GPUs, if there are several
+    "Bring a stage to completion for several configurations; return the results in their order. Raise `UserError` that names those that failed, once the others are stored."
+    cfgs = [whole(c) for c in cfgs]
+    todo = list({stage.folder(c): c for c in cfgs if not stage.is_done(c) or _forced(stage, c)}.values())
+    if devices is None: devices = _gpus(todo)
+    importable = stage.fn.__module__ != '__main__'  # a worker must find the stage by name
+    failed = _in_workers(stage, todo, devices) if min(len(devices), len(todo)) > 1 and importable else _in_turn(stage, todo)
+    if failed:
+        raise UserError(f'{stage.name} failed for {len(failed)} of {len(cfgs)} configurations, the others are stored: '
+                        + '; '.join(f'{_apart(c, cfgs)}: {why}' for c, why in failed) + '.')
+    return [stage(c) for c in cfgs]
+
+def _gpus(cfgs: list) -> list[str]:
+    "Return the GPUs that may share the work: all, unless there is none to share, a configuration names its device, or a launcher has shared it."
+    if len(cfgs) < 2 or any(c.device not in ('auto', 'cuda') for c in cfgs) or int(os.environ.get('WORLD_SIZE', 1)) > 1: return []
+    import torch
+    torch.cuda.empty_cache()  # a worker may need what this process keeps for later
+    return [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+
+def _in_turn(stage: Stage, cfgs: list) -> list[tuple]:  # configuration, what went wrong
+    "Compute a stage for each configuration in this process."
+    return [(c, why) for c in cfgs if (why := _attempt(stage, c))]
+
+def _attempt(stage: Stage, cfg: Config) -> str:
+    "Compute a stage; return what went wrong, or nothing."
+    try: stage(cfg)
+    except Exception as e: return str(e).rstrip('.') if isinstance(e, UserError) else f'{type(e).__name__}: {reason(e)}'
+    return ''
+
+def _apart(cfg: Config, cfgs: list) -> str:
+    "Name a configuration by the fields in which it differs from the others."
+    return ', '.join(f'{f.name}={getattr(cfg, f.name)}' for f in dataclasses.fields(Config) if len({getattr(c, f.name) for c in cfgs}) > 1) or 'the only one'
+
+# %% ../nbs/00_core.ipynb #ec92b80e
+def _in_workers(stage: Stage, cfgs: list, devices: list) -> list[tuple]:  # configuration, what went wrong
+    "Compute a stage for each configuration in a process of its own, one at a time on each device."
+    context, waiting, free, running, failed = multiprocessing.get_context('spawn'), list(cfgs), list(devices), {}, []
+    for cfg in cfgs:
+        if not (cfg.folder/'run.json').exists(): open_run(cfg)
+    try:
+        while waiting or running:
+            while waiting and free:
+                (receive, send), cfg, device = context.Pipe(duplex=False), waiting.pop(0), free.pop(0)
+                process = context.Process(target=_worker, args=(stage.fn.__module__, stage.name, dataclasses.replace(cfg, device=device), send))
+                process.start()
+                send.close()
+                running[receive] = process, cfg, device
+            progress(stage.name, len(cfgs) - len(waiting) - len(running), len(cfgs), f'{len(running)} at once')
+            for receive in connection.wait(running):
+                process, cfg, device = running.pop(receive)
+                try: why = receive.recv()
+                except EOFError: process.join(); why = f'its process ended with status {process.exitcode}'
+                process.join()
+                free.append(device)
+                if why: failed.append((cfg, why))
+    finally:
+        for process, *_ in running.values(): process.terminate()
+        for process, *_ in running.values(): process.join()
+    return sorted(failed, key=lambda f: cfgs.index(f[0]))
+
+def _worker(module: str, name: str, cfg: Config, pipe):
+    "Compute one stage and send what went wrong, or nothing; end when the first process is gone."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (connection.wait([multiprocessing.parent_process().sentinel]), os._exit(1)), daemon=True).start()
+    importlib.import_module(module)
+    pipe.send(_attempt(STAGES[name], cfg))
 
 # %% ../nbs/00_core.ipynb #9fddb0c7
 def metric(name: str,  # what was measured
