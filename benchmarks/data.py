@@ -9,7 +9,6 @@ within a round. kornia is no dependency: where it can be imported it takes part,
 `pip install --target /tmp/kornia --no-deps kornia kornia_rs` with PYTHONPATH=/tmp/kornia.
 """
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -139,12 +138,11 @@ def memory():
         generator = torch.Generator().manual_seed(0)
         for _, (x, _) in zip(range(steps), Loader(images, np.zeros(len(images), np.int64), BATCH, seed=0).epoch(0)): prepare(augment(x, CFG, generator), CFG)
 
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 / 1e6 * 1000 if sys.platform == 'darwin' else 1e3)
     work(IMAGES, 5)
     images = np.random.default_rng(0).integers(0, 256, (60_000, 32, 32, 3), dtype=np.uint8)
-    before = peak()
+    before = core.peak_memory()['resident']
     work(images, 50)
-    print(f'{images.nbytes / 1e6:.0f} {peak() - before:.0f}')
+    print(f'{images.nbytes / 1e6:.0f} {core.peak_memory()['resident'] - before:.0f}')
 
 
 def on_gpu() -> list[str]:

@@ -31,6 +31,7 @@ def main(root: str, rounds: int = 3):
         with tempfile.TemporaryDirectory() as place:
             for way in WAYS:
                 took = seconds(way, root, place)  # the second leaves the cache that the third finds
+                if way == 'decoded' and not os.path.isdir(f'{place}/decoded'): sys.exit(f'{root} is so small that nothing is cached: at least a MiB of files is needed.')
                 if i: taken[way].append(took)  # the first round warms the system's cache
     middle = {way: statistics.median(t) for way, t in taken.items()}
     for way, t in taken.items(): print(f'{way:<12} {middle[way]:8.2f} s   ({min(t):.2f} – {max(t):.2f})   {middle[way] / middle["cache"]:6.1f} × the cache')

@@ -464,7 +464,8 @@ def settings(preset: str, config: Path | None, fields: list[str], out: Path | No
     name = given.pop('preset', None) or preset or 'quick'
     given |= core.parse_overrides(' '.join(core.shlex.quote(f) for f in fields))
     for field in ('data_root', 'weights'):  # chapters run in the project's folder, paths are meant from this one
-        if given.get(field, '') not in ('', 'random') and Path.cwd() != root(): given[field] = str(Path(given[field]).expanduser().absolute())
+        if given.get(field, '') in ('', 'random', 'official') or '://' in str(given[field]) or Path.cwd() == root(): continue
+        given[field] = str(Path(given[field]).expanduser().absolute())
     return core.preset(name, **given | ({'out': str(out)} if out else {}))
 
 # %% ../nbs/15_book.ipynb #01811fba
@@ -505,7 +506,7 @@ def stage(name: Annotated[str, typer.Argument(help='name of a stage, see `dinocl
     if name not in known: raise UserError(f'There is no stage {name!r}: {nearest(name, known)}')
     core.open_run(cfg)
     result = known[name](cfg)
-    print(f'{name}: {short(result.folder)} ({duration(result.record["seconds"])})')
+    if not core.rank(): print(f'{name}: {short(result.folder)} ({duration(result.record["seconds"])})')
 
 # %% ../nbs/15_book.ipynb #ed48cbaf
 @app.command('list')
@@ -529,12 +530,13 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
 def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None):
     "Fetch the data and the weights that a preset needs."
     from dinocls.data import load_dataset
-    from dinocls.model import backbone
+    from dinocls.model import backbone, weights_at_hand
     cfg = settings(preset, config, set or [], None)
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken)
     print(f'{cfg.dataset}: {len(data.images):,} images are at hand.')
     backbone(cfg.backbone, cfg.image_size, cfg.weights or None)
-    print(f'{cfg.backbone}: {"random weights, nothing to fetch" if cfg.weights == "random" else "weights are at hand"}.')
+    file = weights_at_hand(cfg.backbone, cfg.weights)
+    print(f'{cfg.backbone}: {f"weights are at hand in {file}" if file else "random weights, nothing to fetch"}.')
 
 # %% ../nbs/15_book.ipynb #811a36ff
 @app.command()
@@ -572,13 +574,12 @@ def _data_at_hand(cfg: Config) -> str:
 
 def _weights_at_hand(cfg: Config) -> str:
     "Say whether the configured weights are there, without fetching them."
-    from dinocls.model import BACKBONES
+    from dinocls.model import BACKBONES, remote, weights_at_hand
     if cfg.weights == 'random': return 'random'
-    if cfg.weights: return f'{cfg.weights}{"" if Path(cfg.weights).expanduser().exists() else " (not there)"}'
-    if not BACKBONES[cfg.backbone].timm: return f'{cfg.backbone}, {"inside" if core.shipped(cfg.backbone).is_file() else "not in"} the package'
-    from huggingface_hub import try_to_load_from_cache
-    found = any(isinstance(try_to_load_from_cache(f'timm/{BACKBONES[cfg.backbone].timm}', f), str) for f in ('model.safetensors', 'pytorch_model.bin'))
-    return f'{cfg.backbone}, in the cache' if found else f'{cfg.backbone} is not in the cache yet: dinocls download fetches it'
+    file = weights_at_hand(cfg.backbone, cfg.weights)
+    if not cfg.weights and not BACKBONES[cfg.backbone].timm: return f'{cfg.backbone}, {"inside" if file else "not in"} the package'
+    if file: return f'{cfg.backbone} in {file}'
+    return f'{cfg.backbone} is not in the cache yet: dinocls download fetches it' if remote(cfg.weights) or not cfg.weights else f'{cfg.weights} (not there)'
 
 # %% ../nbs/15_book.ipynb #1b59cc96
 def colab_cells(name: str) -> tuple[str, str]:

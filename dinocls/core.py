@@ -78,7 +78,7 @@ class DataConfig:
 class ModelConfig:
     "What learns."
     backbone: str = 'book-digits'  # name of a backbone, see `model.BACKBONES`
-    weights: str = ''  # empty: the published ones; 'random'; or a path to a checkpoint
+    weights: str = ''  # empty: the published ones; 'official': the authors' file; 'random'; a URL (#sha256=… may follow); or a path to a checkpoint
     image_size: int = 32  # side of the image that the backbone sees, in pixels
     pooling: str = 'cls'  # what the head reads of the backbone's tokens: cls, mean (of the patches), cls+mean, or attention (learned in the head)
     head_widths: tuple = (1024, 512, 256)  # hidden layers of the head
@@ -252,7 +252,7 @@ def _check_augment(cfg):
 
 CHECKS = [_check_numbers, _check_choices, _check_augment]
 CHOICES = {'precision': ('auto', 'fp32', 'bf16', 'fp16'), 'dataset': ('digits', 'cifar10', 'cifar100', 'stl10', 'tiny-imagenet', 'imagefolder'), 'on_broken': ('raise', 'skip'), 'on_drift': ('raise', 'report'),
-           'backbone': ('book-digits', 'book-cifar', 'dinov2_vits14', 'dinov2_vitb14', 'dinov2_vitl14'),
+           'backbone': ('book-digits', 'book-cifar', *(f'dinov2_vit{size}14{kind}' for kind in ('', '_reg') for size in 'sblg'), 'dinov3_vits16', 'dinov3_vitb16'),
            'pretrain_method': ('dino', 'simclr'), 'centring': ('sinkhorn', 'mean'), 'policy': ('', 'randaugment', 'autoaugment'),
            'pooling': ('cls', 'mean', 'cls+mean', 'attention'), 'schedule': ('onecycle', 'cosine', 'constant'), 'compile': ('auto', 'on', 'off')}
 
@@ -705,14 +705,17 @@ def cpu_name() -> str:
 # %% ../nbs/00_core.ipynb #d3cac14f
 def peak_memory() -> dict:
     "Return the peak memory of this process so far, in MB: resident, and on the GPU if there is one."
-    import psutil
-    try:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
-    except ImportError: peak = psutil.Process().memory_info().peak_wset / 2**20  # Windows
     torch = sys.modules.get('torch')
     gpu = {'gpu': round(torch.cuda.max_memory_allocated() / 2**20)} if torch and torch.cuda.is_available() else {}
-    return {'resident': round(peak), **gpu}
+    return {'resident': round(_peak_resident() / 2**20), **gpu}
+
+def _peak_resident() -> int:
+    "Return the peak resident memory of this process in bytes."
+    status = Path('/proc/self/status')  # getrusage would begin with the peak of the process that started this one
+    if status.exists(): return int(status.read_text().partition('VmHWM:')[2].split()[0]) * 2**10
+    try: import resource
+    except ImportError: return __import__('psutil').Process().memory_info().peak_wset  # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 # %% ../nbs/00_core.ipynb #031224ff
 def run_stages(stage: Stage, cfgs: list[Config],

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MIRRORS', 'MAX_PIXELS', 'FORMATS', 'CACHE_FROM', 'LOADERS', 'PAIRS', 'STATISTICS', 'Dataset', 'Archive', 'archive',
            'addresses', 'fetch', 'data_folder', 'at_hand', 'read_pickle', 'to_rgb', 'decode', 'pictures', 'decoded',
-           'load_dataset', 'make_splits', 'image_hashes', 'identical', 'small_pixels', 'unit_rows', 'nearest_pairs',
-           'image_statistics', 'looks', 'drift_test', 'label_test', 'compare_splits', 'check_splits', 'changed',
-           'as_jpeg', 'splits', 'look_alikes', 'load_split', 'batches', 'free_memory', 'pick', 'on_device', 'ahead',
-           'Loader', 'draw_statistics', 'draw_pairs']
+           'load_dataset', 'make_splits', 'image_hashes', 'identical', 'small_pixels', 'mirrored', 'unit_rows',
+           'nearest_pairs', 'image_statistics', 'looks', 'drift_test', 'label_test', 'compare_splits', 'check_splits',
+           'changed', 'as_jpeg', 'splits', 'look_alikes', 'free_memory', 'pick', 'on_device', 'load_split', 'batches',
+           'ahead', 'Loader', 'draw_statistics', 'draw_pairs']
 
 # %% ../nbs/01_data.ipynb #45e6b9b7
 import contextlib
@@ -526,6 +526,10 @@ def small_pixels(images: np.ndarray, side: int = 8, block: int = 2048) -> np.nda
     parts = [pool(torch.from_numpy(np.array(images[i:i + block])).permute(0, 3, 1, 2).float() / 255, side).flatten(1).numpy() for i in range(0, len(images), block)]
     return np.concatenate(parts) if parts else np.empty((0, 3 * side**2), np.float32)
 
+def mirrored(pixels: np.ndarray, side: int = 8) -> np.ndarray:  # the same shape
+    "Mirror left and right of the pictures that `small_pixels` returned."
+    return pixels.reshape(len(pixels), -1, side, side)[..., ::-1].reshape(pixels.shape)
+
 def unit_rows(x: np.ndarray) -> np.ndarray:  # float32, the same shape
     "Shift each row to mean 0 and scale it to length 1; rows without contrast become 0."
     x = np.asarray(x, np.float32) - np.mean(x, axis=1, keepdims=True, dtype=np.float32)
@@ -540,21 +544,28 @@ def _one_thread():
 # %% ../nbs/01_data.ipynb #994a2808
 def nearest_pairs(bank: np.ndarray,  # features (n, dim)
                   queries: np.ndarray,  # features (m, dim)
-                  k: int = 10) -> dict:
+                  k: int = 10,
+                  turned: np.ndarray | None = None) -> dict:  # features (m, dim) of the same pictures mirrored, to be searched for as well
     "Find the bank's row most like each query, by correlation, and tell which are nearer than chance would bring them; return arrays (m,), the limit of r, and D."
     from sklearn.neighbors import NearestNeighbors
-    bank, queries = unit_rows(bank), unit_rows(queries)
-    k = min(k, len(bank))
+    m, k = len(queries), min(k, len(bank))
+    bank, queries = unit_rows(bank), unit_rows(queries if turned is None else np.concatenate([queries, turned]))
     with _one_thread() if len(bank) * len(queries) < 1e7 else contextlib.nullcontext():
         distance, index = NearestNeighbors(n_neighbors=k, algorithm='brute').fit(bank).kneighbors(queries)
-    similarity, last = 1 - distance[:, 0] ** 2 / 2, np.maximum(distance[:, -1:], 1e-6)
-    ratio = distance[:, 0] / last[:, 0]
-    logs = np.log(last / np.clip(distance[:, 1:-1], 1e-6, last))
-    others = np.arange(1, k)  # without the nearest, which may be a copy, the logarithms are smaller on average: by this factor
-    dimension = float((1 - (1 / others).sum() / len(others)) / (1 - 1 / len(others)) / max(logs.mean(), 1e-6)) if k > 2 else 0.
+    similarity, ratio = 1 - distance[:, 0] ** 2 / 2, distance[:, 0] / np.maximum(distance[:, -1], 1e-6)
+    dimension = _dimension(distance[:m])
     limit = min(0.5, (1 / ((k - 1) * len(queries))) ** (1 / dimension)) if dimension else 0.5
     flagged = (((ratio <= limit) & (similarity >= 0.9)) | (similarity >= 0.999)) & queries.any(1)
-    return {'index': index[:, 0], 'similarity': similarity, 'ratio': ratio, 'flagged': flagged, 'limit': float(limit), 'dimension': dimension}
+    way = (ratio - flagged).reshape(-1, m).argmin(0)  # as it is, or mirrored: what is reported before what is not, then the nearer
+    found = {'index': index[:, 0], 'similarity': similarity, 'ratio': ratio, 'flagged': flagged}
+    return {name: v.reshape(-1, m)[way, np.arange(m)] for name, v in found.items()} | {'mirrored': way == 1, 'limit': float(limit), 'dimension': dimension}
+
+def _dimension(distance: np.ndarray) -> float:  # 0: too few neighbours to tell
+    "Estimate the dimension of data from the distances of neighbours, (m, k), nearest first; the nearest, which may be a copy, does not count."
+    k, last = distance.shape[1], np.maximum(distance[:, -1:], 1e-6)
+    if k < 3: return 0.
+    logs, others = np.log(last / np.clip(distance[:, 1:-1], 1e-6, last)), np.arange(1, k)  # without the nearest, the logarithms are smaller on average: by the factor below
+    return float((1 - (1 / others).sum() / len(others)) / (1 - 1 / len(others)) / max(logs.mean(), 1e-6))
 
 # %% ../nbs/01_data.ipynb #c8d87261
 def image_statistics(images: np.ndarray, block: int = 1024) -> dict:  # name → float32 (n,)
@@ -693,38 +704,18 @@ def splits(cfg, folder):
 # %% ../nbs/01_data.ipynb #33b926f8
 @stage(after=[splits])
 def look_alikes(cfg, folder):
-    "Search each split for images that are nearly the same as one of another: those reported and the 24 nearest, nearest first, and a count a pair of splits."
+    "Search each split for images that are nearly the same as one of another, or as its mirror image: those reported and the 24 nearest, nearest first, and a count a pair of splits."
     data, parts, found, counts = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), splits(cfg), [], []
     feats = {s: small_pixels(data.images[parts[s]]) for s in ('train', 'val', 'test')}
     for i, (a, b) in enumerate(PAIRS):
         progress('look-alikes', i, len(PAIRS), f'{a} – {b}')
-        near = nearest_pairs(feats[a], feats[b])
-        counts.append({'pair': f'{a} – {b}', 'images': len(parts[b]), 'look_alikes': int(near['flagged'].sum()), 'limit': near['limit'], 'dimension': near['dimension']})
+        near = nearest_pairs(feats[a], feats[b], turned=mirrored(feats[b]))
+        counts.append({'pair': f'{a} – {b}', 'images': len(parts[b]),
+                       'look_alikes': int(near['flagged'].sum()), 'mirrored': int((near['flagged'] & near['mirrored']).sum()), 'limit': near['limit'], 'dimension': near['dimension']})
         order = np.lexsort((near['ratio'], ~near['flagged']))[:max(24, counts[-1]['look_alikes'])]
         found += [{'pair': f'{a} – {b}', 'image': parts[b][q], 'like': parts[a][near['index'][q]], 'similarity': near['similarity'][q], 'ratio': near['ratio'][q],
-                   'reported': bool(near['flagged'][q])} for q in order]
+                   'mirrored': bool(near['mirrored'][q]), 'reported': bool(near['flagged'][q])} for q in order]
     return {'found': found, 'counts': counts}
-
-# %% ../nbs/01_data.ipynb #32d6d21b
-def load_split(cfg, name: str,  # train, val or test
-               device='cpu'):
-    "Return a split's images, uint8 (n, 3, height, width), and labels, int64 (n,), as tensors on the device."
-    import torch
-    data, index = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), splits(cfg)[name]
-    images = torch.from_numpy(data.images[index]).permute(0, 3, 1, 2).contiguous()
-    return images.to(device), torch.from_numpy(data.labels[index]).to(device)
-
-# %% ../nbs/01_data.ipynb #4eb4978c
-def batches(n: int,  # images
-            size: int,  # images a batch, over all processes
-            seed: int,
-            epoch: int,
-            start: int = 0,  # batches to pass over
-            rank: int = 0, world: int = 1):  # this process, of how many
-    "Yield index tensors of one shuffled epoch; a last batch that is not full is left out, unless it is the only one."
-    import torch
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-    for batch in order.split(size)[:max(1, n // size)][start:]: yield batch[rank::world]
 
 # %% ../nbs/01_data.ipynb #a73cd3e6
 def free_memory(device) -> int:
@@ -748,6 +739,26 @@ def on_device(images, index, device):
     held = torch.empty((len(index), *shape), dtype=torch.uint8, device=device)
     for i in range(0, len(index), 1024): held[i:i + 1024] = pick(images, index[i:i + 1024]).to(device)
     return held
+
+# %% ../nbs/01_data.ipynb #32d6d21b
+def load_split(cfg, name: str,  # train, val or test
+               device='cpu'):
+    "Return a split's images, uint8 (n, 3, height, width), and labels, int64 (n,), as tensors on the device."
+    import torch
+    data, index = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), splits(cfg)[name]
+    return on_device(data.images, index, device), torch.from_numpy(data.labels[index]).to(device)
+
+# %% ../nbs/01_data.ipynb #4eb4978c
+def batches(n: int,  # images
+            size: int,  # images a batch, over all processes
+            seed: int,
+            epoch: int,
+            start: int = 0,  # batches to pass over
+            rank: int = 0, world: int = 1):  # this process, of how many
+    "Yield index tensors of one shuffled epoch; a last batch that is not full is left out, unless it is the only one."
+    import torch
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    for batch in order.split(size)[:max(1, n // size)][start:]: yield batch[rank::world]
 
 # %% ../nbs/01_data.ipynb #756e0234
 def ahead(read,  # a function of a step
@@ -838,7 +849,7 @@ def draw_pairs(data: Dataset, found: list[dict], title: str, rows: int = 3, cols
     for ax in axes.flat: ax.set(xticks=[], yticks=[]); ax.grid(False); ax.spines[:].set_visible(False)
     for k, pair in enumerate(found[:rows * cols]):
         left, right = axes[k // cols, 2 * (k % cols)], axes[k // cols, 2 * (k % cols) + 1]
-        left.set_title(f'{pair["similarity"]:.3f}', fontsize=7, loc='left', fontweight='normal', pad=2)
+        left.set_title(f'{pair["similarity"]:.3f}{" ⇄" if pair.get("mirrored") else ""}', fontsize=7, loc='left', fontweight='normal', pad=2)
         for ax, i in ((left, pair['image']), (right, pair['like'])):
             ax.imshow(data.images[i])
             if pair['reported']: ax.spines[:].set(visible=True, color='C3', linewidth=2)

@@ -90,10 +90,11 @@ def calibration_error(probabilities,  # (n, classes)
 # %% ../nbs/07_ensemble.ipynb #048fcc37
 def fit_temperature(logits: np.ndarray,  # (n, classes)
                     labels: np.ndarray) -> float:  # above 1: the model was too sure
-    "Return the temperature, from 0.05 to 20, that makes the labels most likely."
+    "Return the temperature, from 0.05 to 20, that makes the labels, and one that may be any, most likely."
     from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
     z = np.asarray(logits, np.float64)
-    def loss(log_t): return losses(z / np.exp(log_t), labels).mean()
+    def loss(log_t): return losses(t := z / np.exp(log_t), labels).sum() - log_softmax(t, axis=1).mean()
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method='bounded').x))
 
 # %% ../nbs/07_ensemble.ipynb #09ea5c5c
@@ -199,7 +200,7 @@ def soup(cfg, folder):
     accuracies = [float((s['val_logits'].argmax(1) == s['val_labels']).mean()) for s in scored]
     kept = greedy_soup(accuracies, lambda chosen: evaluate(blend(cfg, [family[i] for i in chosen], images), *val, cfg)['accuracy'])
     soups = {'uniform': family, 'greedy': [family[i] for i in kept], 'seeds': seeds}
-    return {'val_accuracies': accuracies, 'kept': kept, 'lines': {name: path(cfg, w[0], w[-1], images, val) for name, w in (('siblings', family), ('seeds', seeds))}} | _named(
+    return {'val_accuracies': accuracies, 'kept': kept, 'disagreement': disagreement([s['test_logits'].argmax(1) for s in scored]), 'lines': {name: path(cfg, w[0], w[-1], images, val) for name, w in (('siblings', family), ('seeds', seeds))}} | _named(
         {'siblings': pool(scored)} | {name: score(blend(cfg, weights, images), cfg) for name, weights in soups.items()})
 
 def soup_logits(cfg, name: str) -> dict:  # siblings (averaged predictions), uniform, greedy or seeds

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .augment import MEAN, STD
-from .core import UserError, cpu_name, file_digest, reason, replacing, stage, version, versions, whole, write_json
+from .core import CHOICES, UserError, cpu_name, file_digest, reason, replacing, stage, version, versions, whole, write_json
 from .data import decode, load_dataset, load_split, splits, to_rgb
 from .model import BACKBONES, Classifier, backbone, head, infer, precision
 from .model import device as find_device
@@ -39,13 +39,13 @@ PREPROCESSING = {'fit': 'centre crop and bicubic, to native_size', 'resize': 'bi
 
 def describe(cfg, classes: list, metrics: dict, native: tuple, source: dict | None = None) -> dict:
     "Return what `config.json` holds of a model."
-    return {'format': FORMAT, 'version': version(), 'backbone': cfg.backbone, 'image_size': cfg.image_size,
+    return {'format': FORMAT, 'version': version(), 'backbone': cfg.backbone, 'image_size': cfg.image_size, 'pooling': cfg.pooling,
             'head_widths': list(cfg.head_widths), 'head_dropout': list(cfg.head_dropout), 'precision': cfg.precision,
             'classes': [str(c) for c in classes], 'preprocessing': PREPROCESSING | {'native_size': [int(n) for n in native]},
             'metrics': metrics, 'source': source or {}}
 
 # %% ../nbs/13_inference.ipynb #277ae839
-KINDS = {'backbone': str, 'image_size': int, 'head_widths': list, 'head_dropout': list, 'precision': str, 'classes': list,
+KINDS = {'backbone': str, 'image_size': int, 'pooling': str, 'head_widths': list, 'head_dropout': list, 'precision': str, 'classes': list,
          'preprocessing': dict}
 
 def check_description(about: dict, where: str) -> dict:
@@ -55,7 +55,8 @@ def check_description(about: dict, where: str) -> dict:
         if not isinstance(about.get(name), kind): refuse(f'has no valid {name!r}')
     classes, native = about['classes'], about['preprocessing'].get('native_size')
     if not classes or not all(isinstance(c, str) for c in classes) or len(set(classes)) < len(classes): refuse("has no valid 'classes'")
-    if about['precision'] not in ('auto', 'fp32', 'bf16', 'fp16'): refuse("has no valid 'precision'")
+    for name in ('precision', 'pooling'):
+        if about[name] not in CHOICES[name]: refuse(f'has no valid {name!r}')
     if not (isinstance(native, list) and len(native) == 2 and all(isinstance(n, int) and n > 0 for n in native)):
         refuse("has no valid 'native_size'")
     other = [k for k, v in PREPROCESSING.items() if about['preprocessing'].get(k) != v]
@@ -70,8 +71,8 @@ def rebuild(about: dict,  # a description
     "Return the described classifier with these weights, in evaluation mode. Raise `UserError` if they do not belong together."
     try:
         with torch.device('meta'):
-            body = backbone(about['backbone'], about['image_size'], 'random')
-            top = head(BACKBONES[about['backbone']].dim, len(about['classes']), about['head_widths'], about['head_dropout'])
+            body = backbone(about['backbone'], about['image_size'], 'random', about['pooling'])
+            top = head(BACKBONES[about['backbone']].dim, len(about['classes']), about['head_widths'], about['head_dropout'], about['pooling'])
     except Exception as e:  # impossible values make torch raise many kinds
         raise UserError(f'{where} describes a model that cannot be built ({reason(e)}): save it again.') from None
     model = Classifier(body, top).requires_grad_(False).eval()

@@ -99,7 +99,7 @@ def start(model: Classifier, cfg, epochs: int, steps_per_epoch: int, lr_backbone
     model = model.to(accelerator.device)
     if cfg.gradient_checkpointing: model.backbone.set_grad_checkpointing()
     ema = averaged(model.head if model.frozen else model, cfg)
-    optimiser = torch.optim.AdamW(param_groups(model, lr_backbone, lr_head, cfg.weight_decay), fused=accelerator.device.type != 'mps')
+    optimiser = torch.optim.AdamW(param_groups(model, lr_backbone, lr_head, cfg.weight_decay, layer_decay), fused=accelerator.device.type != 'mps')
     rates = schedule(optimiser, cfg.schedule, epochs * steps_per_epoch, cfg.warmup)
     fields = {f: getattr(cfg, f) for group in (DataConfig, ModelConfig, AugmentConfig, TrainConfig) for f in group.__dataclass_fields__ if f != 'data_root'}
     plan = {**fields, 'epochs': epochs, 'steps_per_epoch': steps_per_epoch, 'lr_backbone': lr_backbone, 'lr_head': lr_head, 'layer_decay': layer_decay}
@@ -320,7 +320,7 @@ class Keeper:
     def after_epoch(self, epochs: int):
         "Write a checkpoint if the epochs say so, and stop if asked."
         if any_process(self.asked, self.loop.accelerator): self.stop()
-        elif self.loop.epoch % self.loop.cfg.checkpoint_every == 0 and self.loop.epoch < epochs: self.write()
+        elif self.loop.epoch % self.loop.cfg.checkpoint_every == 0 or self.loop.epoch == epochs: self.write()  # the last one spares a stage that is stopped later
 
 # %% ../nbs/04_train.ipynb #0ea4d6ae
 def any_process(asked: int, accelerator) -> int:

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 from dinocls import core
-from dinocls.augment import MEAN, OPS, STD, augment, autoaugment, by_op, enlarge, jitter, magnitude, mix, mixed_loss, prepare, randaugment, turn_hue, warp
+from dinocls.augment import MEAN, OPS, STD, augment, autoaugment, brightness, by_op, contrast, enlarge, erase, flip, jitter, magnitude, mix, mixed_loss, prepare, randaugment, saturation, shift, turn_hue, uniform, warp
 
 STEP = 1 / 255
 RAND = v2.RandAugment()
@@ -59,6 +59,71 @@ def test_jitter_agrees_with_torchvision_with_a_factor_an_image():
     assert (jitter(x, *f) - wanted).abs().max() < 1e-4
     assert torch.equal(jitter(x, *f[:3]), jitter(x, *f[:3], None))
     assert (jitter(x, *torch.ones(3, 12, 1, 1, 1)) - x).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(('ours', 'theirs', 'low', 'high'), [
+    (brightness, reference.adjust_brightness, 0, 2), (contrast, reference.adjust_contrast, 0, 2), (saturation, reference.adjust_saturation, 0, 2), (turn_hue, reference.adjust_hue, -0.5, 0.5)])
+def test_each_change_of_colour_agrees_with_torchvision(ours, theirs, low, high):
+    x, f = pictures().repeat(4, 1, 1, 1), torch.linspace(low, high, 48).view(-1, 1, 1, 1)
+    assert (ours(x, f) - one_by_one(x, f.flatten(), theirs)).abs().max() < STEP / 10
+
+
+def test_a_flip_and_a_shift_are_torchvisions():
+    x = pictures(12, 16).repeat(20, 1, 1, 1)
+    flipped, moved = flip(x, seed()), shift(x, 2, seed())
+    turned = torch.tensor([torch.equal(t, reference.horizontal_flip(u)) and not torch.equal(t, u) for t, u in zip(flipped, x)])
+    assert torch.equal(flipped[~turned], x[~turned]) and 60 < turned.sum() < 140  # two of the twelve pictures are flat, and one more is black
+    padded, places = reference.pad(x, [2, 2, 2, 2]), []
+    for t, u in zip(moved, padded):
+        places.append([(i, j) for i in range(5) for j in range(5) if torch.equal(t, reference.crop(u, i, j, 12, 16))])
+        assert places[-1], 'it is no crop of the padded picture'
+    assert {p[0] for p in places if len(p) == 1} == {(i, j) for i in range(5) for j in range(5)}
+
+
+def test_erasing_replaces_a_box_as_torchvision_does():
+    x, sides = torch.full((400, 3, 32, 32), 2.0), []
+    out = erase(x, 0.25, seed())
+    for t, u in zip(out, x):
+        rows, cols = ((t != 2).any(0).any(d).nonzero().flatten().tolist() for d in (1, 0))
+        if not rows: continue
+        i, j, h, w = rows[0], cols[0], len(rows), len(cols)
+        assert torch.equal(t, reference.erase(u, i, j, h, w, t[:, i:i + h, j:j + w])) and (t[:, i:i + h, j:j + w] <= 1).all()
+        sides.append((h, w))
+    areas = np.prod(sides, 1) / 1024
+    assert 70 < len(sides) < 130 and 0.01 < areas.min() < 0.05 < 0.25 < areas.max() < 0.36 and len(set(sides)) > 40
+
+
+@pytest.mark.parametrize('side', [20, 57])
+def test_prepare_agrees_with_torchvisions_resize(side):
+    x = pictures()
+    wanted = reference.normalize(reference.resize(x, [side, side], v2.InterpolationMode.BICUBIC, antialias=side < 32).clamp(0, 1), MEAN, STD)
+    assert (prepare(x, core.preset('smoke', image_size=side)) - wanted).abs().max() < STEP
+
+
+@pytest.mark.parametrize(('vary', 'kinds'), [
+    (lambda x, g: flip(x, g), 2), (lambda x, g: shift(x, 4, g), 81), (lambda x, g: erase(x, 1, g), 512), (lambda x, g: brightness(x, uniform(x, 0.8, 1.2, g)), 512),
+    (lambda x, g: contrast(x, uniform(x, 0.8, 1.2, g)), 512), (lambda x, g: saturation(x, uniform(x, 0.8, 1.2, g)), 512), (lambda x, g: turn_hue(x, uniform(x, -0.1, 0.1, g)), 512)])
+def test_each_augmentation_draws_for_each_image(vary, kinds):
+    x = (pictures()[9:10] * 0.5 + 0.2).repeat(512, 1, 1, 1)
+    assert len({t.numpy().tobytes() for t in vary(x, seed())}) >= 0.97 * kinds
+    assert torch.equal(vary(x, seed(1)), vary(x, seed(1))) and not torch.equal(vary(x, seed(1)), vary(x, seed(2)))
+
+
+@pytest.mark.parametrize('fields', [{'mixup': 0.0, 'cutmix': 1.0}, {'mixup': 1.0, 'cutmix': 0.0}, {'mixup': 1.0, 'cutmix': 1.0}])
+def test_mixing_draws_for_each_pair(fields):
+    x, y, cfg = pictures(64, 64).repeat(20, 1, 1, 1), torch.arange(240), core.preset('cifar', mix_probability=1.0, **fields)
+    mixed, a, b, lam = mix(x, y, cfg, seed())  # CutMix alone: a square box of whole pixels has one of 65 sides
+    assert lam.unique().numel() > (150 if cfg.mixup else 60) and torch.equal(b.sort().values, y) and (a != b).float().mean() > 0.9
+    assert all(torch.equal(s, t) for s, t in zip((mixed, a, b, lam), mix(x, y, cfg, seed())))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('fields', [{'hue': 0.1}, {'policy': 'randaugment'}, {'policy': 'autoaugment'}])
+def test_a_seed_gives_the_same_batch_on_a_gpu(fields):
+    x, cfg = (pictures() * 255).to(torch.uint8), core.preset('cifar', **fields)
+    near = (augment(x.cuda(), cfg, seed(3)).cpu() - augment(x, cfg, seed(3))).abs() < STEP
+    assert near.float().mean() > 0.999  # a place halfway between two pixels may round the other way
+    assert torch.equal(augment(x.cuda(), cfg, seed(3)), augment(x.cuda(), cfg, seed(3)))
 
 
 def test_8_bit_rounding_between_the_steps_is_all_that_differs_from_8_bit_torchvision():

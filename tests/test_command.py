@@ -182,20 +182,6 @@ def test_two_runs_do_not_share_a_folder(book):
     assert process.wait(30) == 0
 
 
-def test_killed_training_ends_in_the_same_weights(tmp_path):
-    args = ['stage', 'phase2', '-p', 'smoke', '-s', 'phase2_epochs=6', '-s', 'checkpoint_every=1']
-    weights = lambda run: core.file_digest(next((tmp_path/run/'stages').glob('phase2-*/weights.safetensors')))
-    assert dinocls(*args, '--out', tmp_path/'whole', env={'OMP_NUM_THREADS': 1}).returncode == 0
-    process = subprocess.Popen([COMMAND, *args, '--out', str(tmp_path/'killed')], env=environment(OMP_NUM_THREADS=1), cwd=ROOT)
-    wait(lambda: list((tmp_path/'killed'/'stages').glob('phase2-*.partial/checkpoint.pt')), 120)
-    process.kill()
-    process.wait()
-    assert not list((tmp_path/'killed'/'stages').glob('phase2-*/weights.safetensors'))
-    result = dinocls(*args, '--out', tmp_path/'killed', env={'OMP_NUM_THREADS': 1})
-    assert result.returncode == 0, result.stderr
-    assert weights('killed') == weights('whole')
-
-
 def test_plain_papermill_runs_a_chapter_from_any_folder(tmp_path):
     result = subprocess.run([str(Path(COMMAND).with_name('papermill')), str(ROOT/'nbs'/'02_augment.ipynb'), 'out.ipynb', '-p', 'preset', 'smoke', '-p', 'out', str(tmp_path/'run')],
                             cwd=tmp_path, capture_output=True, text=True, env=environment())

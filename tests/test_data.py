@@ -5,10 +5,12 @@ import http.server
 import io
 import os
 import pickle
+import socket
 import tarfile
 import threading
 import zipfile
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -29,6 +31,32 @@ def place(tmp_path, monkeypatch):
     monkeypatch.delenv('DINOCLS_MIRRORS', raising=False)
     for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(data, 'MIRRORS', {})
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    "Refuse every host but this machine; return the list of those that were asked for."
+    asked, look_up, connect = [], socket.getaddrinfo, socket.socket.connect
+
+    def refuse(host, error):
+        if host not in ('127.0.0.1', 'localhost'):
+            asked.append(host)
+            raise error
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda host, *args, **more: refuse(host, socket.gaierror(-3, 'Temporary failure in name resolution')) or look_up(host, *args, **more))
+    monkeypatch.setattr(socket.socket, 'connect', lambda self, address: refuse(address[0], OSError(101, 'Network is unreachable')) or connect(self, address))
+    return asked
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'stl10', 'tiny-imagenet'])
+def test_with_the_network_refused_one_sentence_names_the_publisher(name, tmp_path, asked_for):
+    with pytest.raises(core.UserError, match='could not be downloaded') as e: load_dataset(name)
+    known = data.archive(name)
+    assert set(asked_for) == {urlsplit(url).hostname for url in known.urls} and all(host in str(e.value) for host in asked_for)
+    assert str(tmp_path/'data') in str(e.value) and known.file in str(e.value) and 'name resolution' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_digits_need_no_network(asked_for):
+    assert len(load_dataset('digits').images) == 1797 and not asked_for
 
 
 class Python2(pickle._Pickler):
@@ -90,7 +118,8 @@ def test_cifar10_is_read_from_a_local_archive(tmp_path, monkeypatch):
     parts = splits(cfg)
     assert [len(parts[s]) for s in ('train', 'val', 'test')] == [180, 20, 30]
     images, labels = load_split(cfg, 'test')
-    assert images.shape == (30, 3, 32, 32) and (labels.numpy() == found.labels[200:]).all()
+    assert images.shape == (30, 3, 32, 32) and images.is_contiguous() and (labels.numpy() == found.labels[200:]).all()
+    assert (images.permute(0, 2, 3, 1).numpy() == found.images[200:]).all()
 
 
 def test_cifar_is_read_from_the_unpacked_folder(tmp_path, monkeypatch):
@@ -271,10 +300,12 @@ def test_a_folder_can_be_a_mirror(published, monkeypatch, tmp_path):
 
 
 def test_a_slow_host_makes_place_for_the_next(tmp_path, monkeypatch):
-    clock = iter(range(0, 10_000, 30))
+    clock, said = iter(range(0, 10_000, 30)), []
+    monkeypatch.setattr(data, 'progress', lambda *args: said.append(args))
     monkeypatch.setattr(data.time, 'monotonic', lambda: next(clock))
     with open(tmp_path/'a.part', 'wb') as f, pytest.raises(TimeoutError, match='kB/s'): data._copy(io.BytesIO(b'0' * 10**6), f, 0, 0, 2e5)
-    with open(tmp_path/'a.part', 'wb') as f: assert data._copy(io.BytesIO(b'0' * 10**6), f, 0, 0, 0) == 10**6
+    with open(tmp_path/'a.part', 'wb') as f: assert data._copy(io.BytesIO(b'0' * 10**6), f, 3 * 2**20, 4 * 2**20, 0) == 10**6
+    assert said[-1][:3] == ('download', 3, 4) and 'MB of a' in said[-1][3]
 
 
 def test_without_a_network_one_sentence_names_hosts_and_folder(published):
@@ -297,23 +328,55 @@ def folder(root, n=20, classes='ab', size=(8, 8)):
     return root
 
 
-def test_image_folders_take_all_kinds_of_pictures(tmp_path):
+def all_kinds(place):
+    "Write a picture of four colours in many modes, formats and sizes, and one that the camera took on its side."
     rgb = Image.fromarray(np.kron(np.array([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [200, 200, 200]]], np.uint8), np.ones((16, 16, 1), np.uint8)))
-    (place := folder(tmp_path/'set', 1, 'a')/'train'/'a').joinpath('000.png').unlink()
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side: to be turned clockwise
-    clear = rgb.convert('P')
+    exif[0x0112] = 6  # to be turned clockwise
+    clear, half = rgb.convert('P'), rgb.convert('RGBA')
     clear.info['transparency'] = bytes(range(4))
-    for name, image, more in (('a.png', rgb, {}), ('b.png', rgb.convert('P'), {}), ('c.png', rgb.convert('RGBA'), {}), ('d.jpg', rgb.convert('CMYK'), {}),
+    half.putalpha(Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32).astype(np.uint8)))
+    for name, image, more in (('a.png', rgb, {}), ('b.png', rgb.convert('P'), {}), ('c.png', half, {}), ('d.jpg', rgb.convert('CMYK'), {}),
                               ('e.png', rgb.convert('LA'), {}), ('f.png', rgb.convert('1'), {}), ('g.gif', rgb, {}), ('h.webp', rgb, {}), ('i.bmp', rgb, {}), ('j.tif', rgb.convert('YCbCr'), {}),
-                              ('k.jpg', rgb.transpose(Image.Transpose.ROTATE_90), {'exif': exif}), ('l.jpg', rgb.resize((64, 40)), {}), ('m.png', clear, {}), ('n.png', rgb.convert('L'), {})):
+                              ('k.jpg', rgb.transpose(Image.Transpose.ROTATE_90), {'exif': exif}), ('l.jpg', rgb.resize((64, 40)), {}), ('m.png', clear, {}), ('n.png', rgb.convert('L'), {}),
+                              ('o.jpg', rgb.convert('L').resize((90, 44)).transpose(Image.Transpose.ROTATE_90), {'exif': exif}), ('p.tif', rgb.convert('CMYK').resize((20, 28)), {}),
+                              ('q.png', Image.fromarray(np.asarray(rgb.convert('L')).astype(np.uint16) * 257), {}), ('r.webp', half.resize((37, 37)), {})):
         image.save(place/name, **more)
+
+
+def check_kinds(found):
+    "Check the four colours in each image of `all_kinds`."
+    colours = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200], [200, 200, 200]])
+    for name, image in zip(found.files, found.images):
+        kind = name.rpartition('/')[2][0]
+        if kind == 'f': continue  # black and white dithers
+        wanted = np.repeat(colours @ [[0.299], [0.587], [0.114]], 3, 1) if kind in 'enoq' else colours
+        s = len(image)
+        assert np.abs(image[[s // 8, s // 8, -s // 8, -s // 8], [s // 8, -s // 8, s // 8, -s // 8]] - wanted).max() < 60, name  # a palette of 216 colours dithers
+
+
+def test_image_folders_take_all_kinds_of_pictures(tmp_path, asked_for):
+    (place := folder(tmp_path/'set', 1, 'a')/'train'/'a').joinpath('000.png').unlink()
+    all_kinds(place)
     (tmp_path/'set/test/a').rename(tmp_path/'gone')
     found = load_dataset('imagefolder', tmp_path/'set')
-    assert found.images.shape == (14, 32, 32, 3) and found.files[0] == 'train/a/a.png' and 'test' not in found.splits
-    for name, image in zip(found.files, found.images):
-        corners = image[[4, 4, 27, 27], [4, 27, 4, 27]].astype(int)
-        if name[-5] in 'abcdghijklm': assert np.abs(corners - [[200, 0, 0], [0, 200, 0], [0, 0, 200], [200, 200, 200]]).max() < 60, name  # a palette of 216 colours dithers
+    assert found.images.shape == (18, 32, 32, 3) and found.files[0] == 'train/a/a.png' and 'test' not in found.splits and not asked_for
+    check_kinds(found)
+
+
+def test_image_folders_take_all_kinds_of_pictures_while_a_tenth_is_broken(tmp_path):
+    for part in ('train', 'test'):
+        for c in 'abc':
+            (place := tmp_path/'set'/part/c).mkdir(parents=True)
+            all_kinds(place)
+    files = sorted((tmp_path/'set').glob('*/*/*'))
+    whole = files[0].read_bytes()
+    for i, f in enumerate(files[3::10]): f.write_bytes((b'', whole[:60], b'text', f.read_bytes()[:len(f.read_bytes()) // 3])[i % 4])
+    with pytest.raises(core.UserError, match='11 of 108 files') as e: load_dataset('imagefolder', tmp_path/'set')
+    assert str(e.value).count('/') > 10 and '\n' not in str(e.value)
+    found = load_dataset('imagefolder', tmp_path/'set', on_broken='skip')
+    assert len(found.images) == 97 and found.images.shape[1] == found.images.shape[2] and set(found.skipped) == {f.relative_to(tmp_path/'set').as_posix() for f in files[3::10]}
+    check_kinds(found)
 
 
 def test_broken_files_are_listed_or_skipped(tmp_path):
@@ -371,6 +434,26 @@ def test_the_test_set_can_be_reduced_as_in_the_reference(tmp_path, monkeypatch):
     assert np.bincount(parts['labels'][parts['test']]).tolist() == [5] * 10
 
 
+@pytest.mark.parametrize('name', ['digits', 'cifar10', 'cifar100'])
+def test_splits_are_stratified_disjoint_seeded_and_stored(tmp_path, monkeypatch, name):
+    if name == 'cifar10': archive(monkeypatch, tmp_path, CIFAR10, {f: 10 * n for f, n in CIFAR.items()}, 'label_names', TEN)
+    if name == 'cifar100': archive(monkeypatch, tmp_path, CIFAR100, {'train': 1000, 'test': 500}, 'fine_label_names', [f'class{i}' for i in range(100)])
+    make = lambda **more: core.preset('smoke', dataset=name, data_root=str(tmp_path), train_size=0, val_size=200, test_size=200, out=str(tmp_path/'run'), **more)
+    parts, whole = splits(make()), load_dataset(name, tmp_path)
+    used = np.concatenate([parts[s] for s in ('train', 'val', 'test')])
+    assert len(np.unique(used)) == len(used) == (1797 if name == 'digits' else len(whole.splits['train']) + 200)
+    if name != 'digits': assert set(parts['test']) <= set(whole.splits['test'].tolist())
+    share = np.bincount(whole.labels) / len(whole.labels)
+    for s in ('train', 'val', 'test'): assert np.abs(np.bincount(whole.labels[parts[s]], minlength=len(share)) - share * len(parts[s])).max() < 1.5, s
+    other = splits(make(split_seed=7))
+    assert any(set(other[s]) != set(parts[s]) for s in ('val', 'test'))
+
+    def fails(*args): raise AssertionError('the splits were made anew')
+    monkeypatch.setattr(data, 'make_splits', fails)
+    again = splits(make())
+    for s in ('train', 'val', 'test'): assert np.array_equal(again[s], parts[s])
+
+
 @pytest.fixture(scope='module')
 def digits(): return load_dataset('digits')
 
@@ -416,8 +499,9 @@ def test_planted_copies_are_found(digits):
     with pytest.raises(core.UserError, match='train – test share 20 pictures pixel for pixel'): check_splits(compare_splits(replace(digits, images=few), parts))
 
 
-@pytest.mark.parametrize('change', [data.as_jpeg, lambda x: x // 2 + 40, lambda x: np.clip(x + RNG.normal(0, 10, x.shape), 0, 255).astype(np.uint8)], ids=['jpeg', 'contrast', 'noise'])
-def test_look_alikes_are_found_by_the_stage(tmp_path, change):
+@pytest.mark.parametrize('change', [data.as_jpeg, lambda x: x // 2 + 40, lambda x: np.clip(x + RNG.normal(0, 10, x.shape), 0, 255).astype(np.uint8), lambda x: x[:, ::-1]],
+                         ids=['jpeg', 'contrast', 'noise', 'mirrored'])
+def test_look_alikes_are_found_by_the_stage(tmp_path, change, request):
     place, rng = tmp_path/'set', np.random.default_rng(0)
     scene = lambda: np.asarray(Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC))
     for c in 'ab':
@@ -431,6 +515,18 @@ def test_look_alikes_are_found_by_the_stage(tmp_path, change):
     files = load_dataset('imagefolder', place).files
     found = [f for f in data.look_alikes(cfg)['found'] if f['reported']]
     assert {(files[f['image']], files[f['like']]) for f in found} == {(f'test/a/{f.name}', f'train/a/{f.name}') for f in leaked}
+    assert {f['mirrored'] for f in found} == {'mirrored' in request.node.name}
+
+
+def test_the_mirror_raises_no_alarm_over_honest_digits(digits):
+    "A 0, a 1 and an 8 are nearly symmetric; yet of 3,600 honest images hardly one is reported for its mirror image."
+    reported = np.zeros(2, int)
+    for seed in range(10):
+        parts = make_splits(digits, core.preset('quick', split_seed=seed))
+        bank, queries = (data.small_pixels(digits.images[parts[s]]) for s in ('train', 'test'))
+        found = data.nearest_pairs(bank, queries, turned=data.mirrored(queries))
+        reported += [(found['flagged'] & turned).sum() for turned in (~found['mirrored'], found['mirrored'])]
+    assert reported[0] <= 10 and reported[1] <= 1, reported
 
 
 def test_fields_of_an_older_record_are_enough():

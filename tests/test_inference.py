@@ -296,7 +296,7 @@ def test_places_that_are_no_production_folder(tmp_path):
     {'backbone': 'book-digit'}, {'backbone': 7}, {'backbone': None}, {'image_size': 33}, {'image_size': -32}, {'image_size': '32'}, {'image_size': 64},
     {'head_widths': []}, {'head_widths': [1] * LAYERS}, {'head_widths': ['a'] * LAYERS}, {'head_widths': [-1] * LAYERS}, {'head_widths': [10**30] * LAYERS},
     {'head_widths': [10**9] * LAYERS}, {'head_dropout': [2] * LAYERS}, {'head_dropout': ['a'] * LAYERS},
-    {'precision': 'int4'}, {'classes': []}, {'classes': ['a'] * 10}, {'classes': CLASSES[:9]}, {'classes': list(range(10))}, {'classes': 'abcdefghij'},
+    {'precision': 'int4'}, {'pooling': 'max'}, {'pooling': 'cls+mean'}, {'pooling': 'attention'}, {'classes': []}, {'classes': ['a'] * 10}, {'classes': CLASSES[:9]}, {'classes': list(range(10))}, {'classes': 'abcdefghij'},
     {'preprocessing': None}, {'preprocessing': {}}, {'preprocessing': {'native_size': [0, 32]}}, {'preprocessing': {'native_size': [32, 32], 'mean': [0, 0, 0]}}])
 def test_descriptions_that_fit_nothing(folder, fields):
     change(folder, **fields)

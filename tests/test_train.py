@@ -1,0 +1,188 @@
+"The training engine: numbers that are not finite, full disks, signals, kills, and several processes."
+import contextlib
+import dataclasses
+import errno
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import COMMAND, ROOT, dinocls, environment
+from test_command import wait
+
+from dinocls import core, train
+from dinocls.data import load_split
+from dinocls.model import classifier
+from dinocls.train import checkpoints, fit
+
+SMALL = core.preset('smoke', device='cpu', out='/nonexistent')
+
+
+def run(folder, epochs=2, change=None, **fields):
+    "Train the small model on 100 images, two steps an epoch."
+    cfg = dataclasses.replace(core.preset('smoke', device='cpu', out=str(folder/'run')), **fields)
+    data = [tuple(t[:100] for t in load_split(cfg, s)) for s in ('train', 'val')]
+    model = classifier(cfg, 10)
+    if change: change(model)
+    return fit(model, *data, cfg, epochs=epochs, lr_backbone=1e-3, lr_head=1e-3, folder=folder)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
+    steps, original = iter(range(99)), train.mixed_loss
+    monkeypatch.setattr(train, 'mixed_loss', lambda *args: original(*args) * (torch.nan if next(steps) == 1 else 1))
+    result = run(tmp_path)
+    assert [r['skipped'] for r in result['history']] == [1, 0]
+    assert all(np.isfinite(r['loss']) for r in result['history'])
+    assert all(torch.isfinite(v).all() for v in result['weights'].values())
+
+
+def test_overflows_lower_the_scale_and_hold_the_schedule(tmp_path, monkeypatch):
+    original = train._accelerator
+    def scaled(cfg):
+        acc = original(cfg)
+        acc.scaler = torch.amp.GradScaler('cpu', init_scale=2.**127)  # the first gradients overflow, even in fp32; Accelerate has no scaler for a CPU
+        acc.unscale_gradients = lambda: acc.scaler.unscale_(acc._optimizers[0].optimizer)
+        return acc
+    loops, start, original_loss = [], train.start, train.mixed_loss
+    monkeypatch.setattr(train, 'mixed_loss', lambda *args: 30 * original_loss(*args))
+    monkeypatch.setattr(train, '_accelerator', scaled)
+    monkeypatch.setattr(train, 'start', lambda *a, **k: loops.append(start(*a, **k)) or loops[0])
+    result = run(tmp_path, epochs=15, bad_steps=1)
+    loop, skipped = loops[0], sum(r['skipped'] for r in result['history'])
+    assert 0 < skipped < 30 and loop.accelerator.scaler.get_scale() < 2.**127
+    assert loop.steps == 30 - skipped == loop.schedule.last_epoch
+    assert loop.ema and all(torch.isfinite(v).all() for v in result['weights'].values())
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_training_goes_on(tmp_path, monkeypatch, capsys):
+    saves, original = iter(range(99)), torch.save
+    def save(state, file):
+        if next(saves) >= 2: raise OSError(errno.ENOSPC, 'No space left on device')
+        original(state, file)
+    monkeypatch.setattr(train.torch, 'save', save)
+    assert len(run(tmp_path, checkpoint_minutes=0, checkpoint_every=99)['history']) == 2
+    said = capsys.readouterr().out
+    assert said.count('No space left') == 1 and 'goes on' in said
+    assert [c.name[:29] for c in checkpoints(tmp_path, 'fit')] == ['checkpoint-fit-00000-0000002-'] and not list(tmp_path.glob('.checkpoint*'))
+
+
+def test_memory_that_runs_out_is_said_once(tmp_path, capsys):
+    def shorten(model):
+        forward = model.backbone.forward
+        def limited(x):
+            if torch.is_grad_enabled() and len(x) > 13: raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return forward(x)
+        model.backbone.forward = limited
+    halved, whole = run(tmp_path/'a', change=shorten), run(tmp_path/'b')
+    said = capsys.readouterr().out
+    assert [line.count('memory ran out') for line in said.splitlines() if 'memory' in line] == [1, 1] and 'sees 13 at a time' in said  # 50, 25, 13
+    assert [r['loss'] for r in halved['history']] == pytest.approx([r['loss'] for r in whole['history']], rel=1e-4)
+
+
+def test_one_image_that_does_not_fit_is_an_error(tmp_path):
+    def never(model): model.backbone.forward = lambda x: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError('out of memory'))
+    with pytest.raises(core.UserError, match='smaller backbone'): run(tmp_path, change=never)
+
+
+@pytest.mark.parametrize('fields', [{'pooling': 'mean'}, {'pooling': 'cls+mean'}, {'pooling': 'attention', 'micro_batch': 20}, {'head_widths': (), 'head_dropout': ()},
+                                    {'schedule': 'cosine'}, {'schedule': 'constant', 'clip_norm': 0., 'ema_decay': 0.}], ids=str)
+def test_every_choice_trains(tmp_path, fields):
+    result = run(tmp_path, **fields)
+    assert all(np.isfinite(r['loss']) for r in result['history']) and result['history'][0]['skipped'] == 0
+
+
+def test_checkpointed_blocks_learn_the_same(tmp_path):
+    plain, saving = run(tmp_path/'a'), run(tmp_path/'b', gradient_checkpointing=True)
+    assert [r['loss'] for r in saving['history']] == pytest.approx([r['loss'] for r in plain['history']], rel=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which('g++') and not shutil.which('c++'), reason='torch.compile needs a C++ compiler')
+def test_a_compiled_backbone_learns_the_same_under_the_same_names(tmp_path):
+    plain, compiled = run(tmp_path/'a'), run(tmp_path/'b', compile='on')
+    assert [r['loss'] for r in compiled['history']] == pytest.approx([r['loss'] for r in plain['history']], rel=1e-3)
+    assert list(compiled['weights']) == list(plain['weights'])
+
+
+def test_a_compiler_that_fails_is_remembered_and_not_fatal(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'COMPILE_CACHE', tmp_path/'compile.json')
+    monkeypatch.setattr(torch, 'compile', lambda module: (_ for _ in ()).throw(RuntimeError('no compiler\nhere')))
+    loop = train.start(classifier(SMALL, 10), SMALL, 1, 4, 1e-3, 1e-3)
+    assert not train.compile_pays(loop, torch.randn(4, 3, 32, 32), 10_000, plain=1.)
+    assert list(json.loads((tmp_path/'compile.json').read_text()).values()) == [{'fails': 'no compiler'}]
+
+
+ARGS = ['stage', 'phase2', '-p', 'smoke', '-s', 'phase2_epochs=6', '-s', 'checkpoint_minutes=0', '-s', 'device=cpu']
+ONE = dict(OMP_NUM_THREADS=1)
+
+
+def weights(folder): return core.file_digest(next((folder/'stages').glob('phase2-*/weights.safetensors')))
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A run without interruption."
+    folder = tmp_path_factory.mktemp('whole')/'run'
+    result = dinocls(*ARGS, '--out', folder, env=ONE)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def begun(folder, command, delay=0.0):
+    "Start the training and wait for a checkpoint that was not there."
+    found = lambda: set((folder/'stages').glob('phase2-*.partial/checkpoint-*'))
+    before = found()
+    process = subprocess.Popen([*command, *ARGS, '--out', str(folder)], env=environment(**ONE), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait(lambda: found() - before or process.poll() is not None, 120)
+    time.sleep(delay)
+    return process
+
+
+def test_killed_again_and_again_ends_in_the_same_weights(whole, tmp_path):
+    chance, kills = random.Random(0), 0
+    while kills < 3:
+        process = begun(tmp_path/'run', [COMMAND], chance.random() * 0.3)
+        if process.poll() is not None: break
+        process.kill(), process.wait()
+        kills += 1
+    assert kills >= 2
+    assert dinocls(*ARGS, '--out', tmp_path/'run', env=ONE).returncode == 0
+    assert weights(tmp_path/'run') == weights(whole)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT], ids=['sigterm', 'ctrl-c'])
+def test_a_stopped_training_says_so_and_goes_on(whole, tmp_path, number):
+    process = begun(tmp_path/'run', [COMMAND])
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == (130 if number == signal.SIGINT else -number) and 'Traceback' not in said, said
+    assert 'phase2 stopped after step' in said and 'goes on from there' in said
+    assert dinocls(*ARGS, '--out', tmp_path/'run', env=ONE).returncode == 0
+    assert weights(tmp_path/'run') == weights(whole)
+
+
+def test_two_processes_train_as_one_and_one_goes_on_from_two(whole, tmp_path):
+    launch = [str(Path(sys.executable).with_name('accelerate')), 'launch', '--multi_gpu', '--num_processes', '2', '-m', 'dinocls']
+    process = begun(tmp_path/'run', launch)
+    process.send_signal(signal.SIGTERM)  # to the launcher, as a cluster does
+    said = process.communicate(timeout=90)[0]
+    assert said.count('phase2 stopped after step') == 1, said
+    history = lambda folder, s: json.loads(next((folder/'stages').glob(f'{s}-*/result.json')).read_text())['history']
+    same = lambda s: [r['loss'] for r in history(tmp_path/'run', s)] == pytest.approx([r['loss'] for r in history(whole, s)], rel=1e-4)
+    assert same('phase1')  # by two processes to the end
+    result = dinocls(*ARGS, '--out', tmp_path/'run', env=ONE)
+    assert result.returncode == 0, result.stderr
+    assert same('phase2') and len(list((tmp_path/'run'/'stages').glob('phase2-*/weights.safetensors'))) == 1
+
+
+def test_a_batch_that_cannot_be_divided(monkeypatch):
+    loop = train.start(classifier(SMALL, 10), SMALL, 1, 4, 1e-3, 1e-3)
+    class Three: num_processes = 3
+    with contextlib.suppress(AttributeError): loop.accelerator = Three
+    with pytest.raises(core.UserError, match='among 3 processes'): train._source(loop, (torch.zeros(100, 3, 32, 32), torch.zeros(100)), None)
