@@ -71,8 +71,10 @@ def kill(process, folder: Path, chance: random.Random, start_up: float) -> dict 
     try: process.wait(delay * (start_up if early else SPAN))
     except subprocess.TimeoutExpired: process.kill(), process.wait()
     if process.returncode >= 0: return None
-    at, found = core.read_json(progress) if progress.exists() else {}, sound(folder)
-    return {'seconds': time.perf_counter() - clock, 'stage': at.get('stage', ''), 'done': at.get('done', 0), 'newest': place(found[0]) if found else None}
+    seconds, at, found = time.perf_counter() - clock, core.read_json(progress) if progress.exists() else {}, sound(folder)
+    newest = place(found[0]) if found else None
+    begun = newest[1] if newest and newest[0] == at.get('stage') else 0  # no progress is told before the first epoch that is completed after a start
+    return {'seconds': seconds, 'stage': at.get('stage', ''), 'done': max(begun, at.get('done', 0)), 'newest': newest}
 
 
 def result(folder: Path) -> dict:
@@ -116,6 +118,7 @@ def cost(name: str, folder: Path, **fields) -> dict:
     loop.best = {'accuracy': 0.0, 'epoch': 0, 'weights': loop.model.state_dict()}
     times = {'write': [], 'read': []}
     for _ in range(5):
+        loop.step += 1  # of two checkpoints of one step, the one just written might be taken for the older
         for what, f in (('write', save_checkpoint), ('read', load_checkpoint)):
             clock = time.perf_counter()
             file = f(loop, folder, name) if what == 'write' else f(loop, folder, name) and file
@@ -126,11 +129,11 @@ def cost(name: str, folder: Path, **fields) -> dict:
 def row(number: int, event: dict) -> str:
     "Return the row of a kill."
     where = lambda p: f'{p[0]}, epoch {p[1] + 1}, after step {p[2]}' if p else 'the beginning'
-    stage, done = event['stage'], event['done']
+    stage, done, trains = event['stage'], event['done'], event['stage'].startswith('phase')
     same = event['intact'] and event['intact'][0] == stage
-    again = max(0, STEPS * done - (STEPS * event['intact'][1] + event['intact'][2] if same else 0)) if stage else 0
-    return (f'| {number} | {event["seed"]} | {event["seconds"]:.1f} | {f"{stage}, epoch {done + 1}" if stage else "starting"} | {where(event["newest"])} | {"yes" if event["flipped"] else ""} '
-            f'| {where(event["intact"])} | {again} to {again + STEPS - 1 if stage else 0} |')
+    again = max(0, STEPS * done - (STEPS * event['intact'][1] + event['intact'][2] if same else 0)) if trains else 0
+    return (f'| {number} | {event["seed"]} | {event["seconds"]:.1f} | {f"{stage}, epoch {done + 1}" if trains else stage or "starting"} | {where(event["newest"])} | {"yes" if event["flipped"] else ""} '
+            f'| {where(event["intact"])} | {f"{again} to {again + STEPS - 1}" if trains else 0} |')
 
 
 def main(kills: int, epochs: int, out: Path):

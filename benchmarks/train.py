@@ -142,9 +142,10 @@ def timms(case):
     return epoch
 
 
-def turn(epoch, case) -> float:
-    "Train an epoch; return images a second after the first steps."
-    done, clock = 0, time.perf_counter()
+def turn(epoch, case) -> dict:
+    "Train an epoch; return images a second after the first steps, and the seconds of all."
+    done, begun = 0, time.perf_counter()
+    clock = begun
 
     def after_step():
         nonlocal done, clock
@@ -152,10 +153,10 @@ def turn(epoch, case) -> float:
         if done == case['lead']: SYNC(); clock = time.perf_counter()
     epoch(after_step)
     SYNC()
-    seconds = time.perf_counter() - clock
+    end = time.perf_counter()
     assert done == case['lead'] + case['steps']
     if GPU: torch.cuda.empty_cache()  # for those whose turn is next
-    return case['batch'] * case['steps'] / seconds
+    return {'rate': case['batch'] * case['steps'] / (end - clock), 'seconds': end - begun}
 
 
 def measure(case):
@@ -166,7 +167,7 @@ def measure(case):
     before = psutil.Process().memory_info().rss / 2**20
     epoch = {'tutorial': tutorial, 'timm': timms}.get(case['variant'], ours)(case)
     say(before=before, precision=precision(config(case), DEVICE))
-    for _ in sys.stdin: say(rate=turn(epoch, case))
+    for _ in sys.stdin: say(**turn(epoch, case))
     say(peak=core.peak_memory()['gpu' if GPU else 'resident'])
 
 
@@ -218,21 +219,22 @@ def answer(process, ask: bool = True) -> dict:
     return {}
 
 
-def compare(case: dict, phase: int) -> dict:  # variant → {'rates': images a second in each counted round, 'first': in the one before, 'peak', …}
+def compare(case: dict, phase: int) -> dict:  # variant → {'rates': images a second in each counted round, 'seconds': of each epoch, the first one too, 'peak', …}
     "Let the variants of a phase take turns; those that fail are left out."
     names = ['dinocls', 'tutorial', 'timm', *(['stored'] if phase == 1 else OPTIONS if case['options'] else [])]
     cases = {name: {**case, 'variant': name, 'phase': phase, **(STORED if name == 'stored' else {'steps': case['steps'] * (2 if phase == 1 else 1)})} for name in names}
     processes = {name: child('measure', cases[name]) for name in names}
     try:
-        found = {name: answer(process, ask=False) | {'rates': []} for name, process in processes.items()}
-        for number in range(case['rounds'] + 1):
-            for name in names[number % len(names):] + names[:number % len(names)]:  # nobody always comes first
-                found[name]['rates'].append(answer(processes[name]).get('rate'))
-                print(f'{case["model"]}, batch {case["batch"]}, phase {phase}, round {number}: {name} {found[name]["rates"][-1] or "failed"} images/s', flush=True)
+        found = {name: answer(process, ask=False) | {'rates': [], 'seconds': []} for name, process in processes.items()}
+        for turns in range(case['rounds'] + 1):
+            for name in names[turns % len(names):] + names[:turns % len(names)]:  # nobody always comes first
+                told = answer(processes[name])
+                found[name]['rates'].append(told.get('rate')), found[name]['seconds'].append(told.get('seconds'))
+                print(f'{case["model"]}, batch {case["batch"]}, phase {phase}, round {turns}: {name} {number(found[name]["rates"][-1] or 0)} images/s', flush=True)
         for name, process in processes.items():
             process.stdin.close()
             found[name] |= answer(process, ask=False)
-            found[name]['first'], *found[name]['rates'] = found[name]['rates']
+            found[name]['rates'].pop(0)  # the round that warms up
     finally:
         for process in processes.values(): process.kill(), process.wait()
     return {name: f for name, f in found.items() if all(f['rates']) and 'peak' in f}
@@ -272,8 +274,8 @@ def remarks(found: list) -> list[str]:
         if 'stored' in variants:
             lines.append(f'- {name}: phase 1 makes {median(variants["stored"]["rates"]) / 1000:.3g} epochs of 1,000 images a second from stored embeddings, {base / 1000:.3g} through the backbone.')
         if 'compiled' in variants:
-            n, v = case['batch'] * case['steps'], variants['compiled']
-            lines.append(f'- {name}: the epoch that compiled took {n / v["first"] - n / median(v["rates"]):.0f} s longer than those after it.')
+            first, *later = variants['compiled']['seconds']
+            lines.append(f'- {name}: the epoch that compiled took {first - median(later):.0f} s longer than those after it.')
         if phase == 2:
             ms = answer(child('patches', case), ask=False)
             lines.append(f'- {name}: the patch embedding takes {ms["contiguous_format"]:.2f} ms forward and backward as it is, {ms["channels_last"]:.2f} ms in channels_last, of a step of {1e3 * case["batch"] / base:,.0f} ms.')

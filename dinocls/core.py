@@ -148,6 +148,8 @@ class StudyConfig:
     lr_grid: tuple = ((1e-6, 1e-5, 1e-4), (1e-5, 1e-4, 1e-3))  # backbone rates and head rates, of which all pairs are tried once
     knn_k: int = 3  # neighbours that vote
     attention_images: int = 100  # images in the attention study, stratified
+    corruption_images: int = 0  # test images that are corrupted, evenly spaced over the split; 0: all
+    corruption_version: int = 1  # of the list of corruptions and of how they are made, see chapter 12
     benchmark_seconds: float = 2.0  # time spent at each batch size of the inference benchmark
 
 # %% ../nbs/00_core.ipynb #9487e9a9
@@ -221,7 +223,7 @@ def _check_numbers(cfg):
                   'pretrain_epochs prototypes randaugment_ops bad_steps')
     not_negative = ('train_size val_size test_size study_size crop weight_decay label_smoothing focal_gamma hard_weight clip_norm mixup cutmix brightness contrast '
                     'saturation phase1_lr lr_backbone lr_head split_seed seed pretrain_lr local_views koleo patch_loss view_aspect view_rotation '
-                    'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start micro_batch checkpoint_minutes lora_rank')
+                    'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start micro_batch checkpoint_minutes lora_rank corruption_images')
     below_1 = ('erasing warmup label_smoothing ema_decay brightness contrast saturation teacher_momentum view_erasing view_brightness '
                'view_contrast view_saturation')
     for names, fine, rule in ((at_least_1, lambda v: v >= 1, 'at least 1'), (not_negative, lambda v: v >= 0, '0 or more'),
@@ -313,15 +315,15 @@ _DIGITS = dict(dataset='digits', backbone='book-digits', image_size=32, flip=Fal
                view_brightness=0.3, view_saturation=0.0, view_grey=0.0, view_noise=0.05, view_erasing=0.25,
                pretrain_batch=128, pretrain_lr=2e-3, prototypes=128, teacher_momentum=0.9)
 _SMOKE = _DIGITS | dict(train_size=200, val_size=100, test_size=100, batch_size=50, phase1_epochs=2, phase2_epochs=2,
-                        members=2, study_seeds=2, lr_grid=((1e-4, 1e-2), (1e-2,)), attention_images=20, benchmark_seconds=0.1,
+                        members=2, study_seeds=2, lr_grid=((1e-4, 1e-2), (1e-2,)), attention_images=20, corruption_images=12, benchmark_seconds=0.1,
                         pretrain_epochs=2, pretrain_batch=50)
-_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, study_size=256, benchmark_seconds=0.5, pretrain_epochs=16)
+_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, study_size=256, corruption_images=80, benchmark_seconds=0.5, pretrain_epochs=16)
 _CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32, batch_size=512,
               phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=100, lr_backbone=1e-3, lr_head=1e-3, members=3,
               lr_pairs=((1e-3, 1e-3), (1e-4, 1e-2), (1e-5, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3), (1e-4, 1e-3, 1e-2)))
 _REFERENCE = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='dinov2_vitb14', image_size=224, batch_size=64,
-                  precision='fp16')
-_BEST = _REFERENCE | dict(batch_size=256, precision='bf16', phase2_epochs=20, lr_backbone=1e-5, lr_head=1e-3, members=3)
+                  precision='fp16', corruption_images=1000)
+_BEST = _REFERENCE | dict(corruption_images=2000, batch_size=256, precision='bf16', phase2_epochs=20, lr_backbone=1e-5, lr_head=1e-3, members=3)
 
 # %% ../nbs/00_core.ipynb #e4ea630e
 PRESETS = {

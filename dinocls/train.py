@@ -268,15 +268,16 @@ def save_checkpoint(loop: Loop, folder: Path, name: str) -> Path:
              'scaler': scaler.state_dict() if scaler else None, 'history': json.dumps(loop.history), 'plan': json.dumps(loop.plan)}
     with replacing(draft) as tmp, as_os_error(): torch.save(state, tmp)
     draft.replace(file := Path(folder)/f'checkpoint-{name}-{loop.epoch:05d}-{loop.step:07d}-{file_digest(draft)[:16]}.pt')
-    for old in checkpoints(folder, name)[2:]: old.unlink()
+    for old in [c for c in checkpoints(folder, name) if c != file][1:]: old.unlink()
     return file
 
 # %% ../nbs/04_train.ipynb #f6d5aa1c
 def load_checkpoint(loop: Loop, folder: Path, name: str) -> bool:
     "Continue from the newest checkpoint that is whole; return whether there is one. Raise `UserError` if it belongs to another configuration."
     for file in checkpoints(folder, name):
-        if file_digest(file)[:16] != file.stem.rpartition('-')[2]:
-            print(f'Note: {file.name} is damaged and is passed over.')
+        if not _is_sound(file):
+            if file.exists(): print(f'Note: {file.name} is damaged and is removed.')  # else it would outlive sound ones of earlier steps
+            file.unlink(missing_ok=True)
             continue
         state = torch.load(file, map_location=loop.accelerator.device, weights_only=True)
         _check_plan(file, json.loads(state['plan']), json.loads(json.dumps(loop.plan)))
@@ -287,6 +288,11 @@ def load_checkpoint(loop: Loop, folder: Path, name: str) -> bool:
         loop.history = json.loads(state['history'])
         return True
     return False
+
+def _is_sound(file: Path) -> bool:
+    "Tell whether a checkpoint is what its name says; not if another process has removed it."
+    try: return file_digest(file)[:16] == file.stem.rpartition('-')[2]
+    except FileNotFoundError: return False
 
 def _check_plan(file: Path, had: dict, wanted: dict):
     "Raise `UserError` if a checkpoint's training had another configuration."

@@ -30,13 +30,13 @@ def test_every_variant_trains_the_phase_and_nothing_else(monkeypatch, variant, p
     case = CASE | {'variant': variant, 'phase': phase}
     epoch = {'tutorial': train.tutorial, 'timm': train.timms}.get(variant, train.ours)(case)
     before = {k: v.clone() for k, v in models[0].state_dict().items()}
-    assert train.turn(epoch, case) > 0
+    assert train.turn(epoch, case)['rate'] > 0
     changed = {k.partition('.')[0] for k, v in models[0].state_dict().items() if not torch.equal(v, before[k])}
     assert changed == ({'head'} if phase == 1 else {'backbone', 'head'})
 
 
 def test_ratios_are_taken_within_a_round_and_a_failure_is_told():
-    v = lambda *rates: {'rates': list(rates), 'first': 10., 'peak': 100., 'precision': 'fp32', 'before': 50.}
+    v = lambda *rates: {'rates': list(rates), 'seconds': [10.], 'peak': 100., 'precision': 'fp32', 'before': 50.}
     text = '\n'.join(train.tables([(CASE, 2, {'dinocls': v(20., 60., 30.), 'tutorial': v(10., 20., 30.), 'gradient checkpointing': v(10., 30., 15.)})]))
     assert '| tutorial | 20 | 2.00× (1.00 – 3.00) | 100 | 1.00× |' in text and '| timm | fails here |' in text and '| gradient checkpointing | 15 | 0.50× (0.50 – 0.50) |' in text
 

@@ -1,0 +1,79 @@
+"The report and the README: each number in them was measured by the run that they name."
+import json
+import re
+
+import jsonschema
+import pytest
+from conftest import ROOT
+
+from dinocls import core, report
+
+QUICK = ROOT/'outputs'/'quick'
+METRICS = [row for file in sorted(QUICK.glob('*/metrics.json')) for row in json.loads(file.read_text())]
+UNITS = {'%': '%', 'points': 'points', '/s': '/s'}
+
+
+def readme_rows(text: str) -> list[list[str]]:
+    "Return the cells of the README's compared rows."
+    block = re.search(r'<!-- begin: reported -->\n(.*?)<!-- end: reported -->', text, re.S)[1]
+    return [[c.strip() for c in line.strip('|').split('|')] for line in block.splitlines() if line.startswith('| ') and not line.startswith('| |')]
+
+
+def strangers(rows: list[list[str]], metrics: list[dict]) -> list[str]:
+    "Return the measured numbers of table rows that no metric of the run has, as the report writes it."
+    def known(unit):
+        scale = report.SCALE.get(unit, 1)
+        return {report.written(v, unit) for m in metrics if m['value'] is not None for v in ((m['value'] * scale, int(m['value'])) if unit == '' else (m['value'] * scale,))}
+    by_unit, found = {u: known(u) for u in ('', *UNITS)}, []
+    for item, _, measured, *_ in rows:
+        unit = (re.search(r' \((%|points|/s)\)$', item) or [None, ''])[1]
+        if measured != 'not run' and measured not in by_unit[unit]: found.append(f'{item}: {measured}')
+    return found
+
+
+def test_each_number_of_the_readme_is_a_metric_of_the_committed_run():
+    rows = readme_rows((ROOT/'README.md').read_text())
+    assert len(rows) > 50 and not strangers(rows, METRICS)
+
+
+def test_a_number_that_nobody_measured_is_found():
+    rows = readme_rows((ROOT/'README.md').read_text())
+    i = next(i for i, r in enumerate(rows) if r[0] == 'accuracy (%)')
+    assert strangers([*rows[:i], [*rows[i][:2], '99.41', *rows[i][3:]]], METRICS) == ['accuracy (%): 99.41']
+
+
+def test_each_number_of_the_executed_report_is_a_metric_of_its_run():
+    cells = json.loads((QUICK/'14_report.ipynb').read_text())['cells']
+    shown = '\n'.join(''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', ()) if 'text/markdown' in o.get('data', {}))
+    rows = [[c.strip() for c in line.strip('|').split('|')] for line in shown.splitlines() if line.startswith('| ') and not line.startswith('| |')]
+    assert len(rows) > 80 and not strangers(rows, METRICS)
+
+
+def test_the_summary_names_measured_numbers():
+    summary = re.search(r'<!-- begin: summary -->\n(.*?)\n<!-- end', (ROOT/'README.md').read_text(), re.S)[1]
+    known = {f'{100 * m["value"]:.2f}' for m in METRICS if m['value'] is not None and 0 <= m['value'] <= 1}
+    shown = re.findall(r'(\d+\.\d+) % \(', summary)
+    assert len(shown) == 3 and set(shown) <= known
+
+
+def test_the_record_has_its_published_form():
+    record = json.loads((QUICK/'experiment_results.json').read_text())
+    assert json.loads((QUICK/'14_report'/'experiment_results.schema.json').read_text()) == report.schema()
+    jsonschema.validate(record, report.schema())
+    for broken in ({'metrics': [{'chapter': 'x'}]}, {'stages': [{}]}, {'reported_and_measured': [{**record['reported_and_measured'][0], 'verdict': 'better'}]}):
+        with pytest.raises(jsonschema.ValidationError): jsonschema.validate(record | broken, report.schema())
+
+
+@pytest.mark.parametrize('value, n, expected', [(0.994, 10_000, 'agrees'), (0.9925, 10_000, 'agrees'), (0.98, 10_000, 'differs'), (0.90, 20, 'agrees')])
+def test_verdicts_know_chance(value, n, expected):
+    spec = next(r for r in report.reference() if r['item'] == 'accuracy')
+    low, high = core.wilson(value, n)
+    assert report.verdict(100 * value, 100 * low, 100 * high, spec)[0] == expected
+
+
+def test_verdicts_without_an_interval_and_of_ranges():
+    told = {r['item']: r for r in report.reference()}
+    assert report.verdict(0.99404, None, None, told['weighted F1'])[0] == 'agrees'
+    assert report.verdict(0.9900, None, None, told['weighted F1']) == ('differs', 'by 0.0040; no interval')
+    assert report.verdict(96.8, 96.3, 97.2, told['after phase 1, val'])[0] == 'agrees'
+    assert report.verdict(88_030_217, None, None, told['total parameters']) == ('differs', 'by 1')
