@@ -51,9 +51,9 @@ def hard_pairs(probabilities: np.ndarray,  # (n, classes)
 
 # %% ../nbs/10_errors.ipynb #8f6c94af
 def border(probabilities: np.ndarray, labels: np.ndarray, a: int, b: int, k: int = 6) -> np.ndarray:  # up to k indices
-    "Return the images of two classes whose probabilities for the two are closest, the closest first."
+    "Return the images of two classes that give most probability to both, the most torn first."
     mine = np.flatnonzero((labels == a) | (labels == b))
-    return mine[np.argsort(abs(probabilities[mine, a] - probabilities[mine, b]), kind='stable')[:k]]
+    return mine[np.argsort(-np.minimum(probabilities[mine, a], probabilities[mine, b]), kind='stable')[:k]]
 
 # %% ../nbs/10_errors.ipynb #22448f09
 def confidence_summary(probabilities: np.ndarray,  # (n, classes)
