@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['JUDGES', 'confusion', 'pair_table', 'hard_pairs', 'border', 'confidence_summary', 'equal_mass_error',
            'probability_scores', 'risk_coverage', 'conformal_sets', 'worst_errors', 'draw_answers', 'label_suspects',
-           'planted', 'judge_file', 'read_judges', 'original_order', 'side', 'verdicts', 'fault', 'judged_errors']
+           'planted', 'judge_file', 'read_judges', 'original_order', 'side', 'verdicts', 'fault', 'judged_errors',
+           'other_labels']
 
 # %% ../nbs/10_errors.ipynb #52f84fe0
 from pathlib import Path
@@ -50,9 +51,9 @@ def hard_pairs(probabilities: np.ndarray,  # (n, classes)
 
 # %% ../nbs/10_errors.ipynb #8f6c94af
 def border(probabilities: np.ndarray, labels: np.ndarray, a: int, b: int, k: int = 6) -> np.ndarray:  # up to k indices
-    "Return the images of two classes whose probabilities for the two are closest, the closest first."
+    "Return the images of two classes that give most probability to both, the most torn first."
     mine = np.flatnonzero((labels == a) | (labels == b))
-    return mine[np.argsort(abs(probabilities[mine, a] - probabilities[mine, b]), kind='stable')[:k]]
+    return mine[np.argsort(-np.minimum(probabilities[mine, a], probabilities[mine, b]), kind='stable')[:k]]
 
 # %% ../nbs/10_errors.ipynb #22448f09
 def confidence_summary(probabilities: np.ndarray,  # (n, classes)
@@ -210,3 +211,11 @@ def judged_errors(judges: dict, place: np.ndarray, labels: np.ndarray, guesses: 
         sides = verdicts(int(labels[i]), int(guesses[i]), judges['votes'][place[i]], reviews.get(int(place[i])), twins.get(i))
         rows.append({'image': i, 'original': int(place[i]), **sides, 'fault': fault(sides)})
     return rows
+
+# %% ../nbs/10_errors.ipynb #deb0a50a
+def other_labels(judges: dict, place: np.ndarray) -> dict:  # judge → labels (n,), −1: none
+    "Return the labels that reviewers and voters would give to the images at some places of the original order."
+    reviewed, most = judges['labels'].copy(), np.sort(judges['votes'], axis=1)
+    for r in judges['review']:
+        if r['for_given'] < 3: reviewed[r['id']] = r['guessed'] if r['for_guessed'] >= 3 else -1
+    return {'reviewed label': reviewed[place], 'human votes': np.where(most[:, -1] > most[:, -2], judges['votes'].argmax(1), -1)[place]}
