@@ -111,32 +111,41 @@ def knn(bank,  # features (n, dim), array or tensor
     similarities, index = neighbours(bank, queries, k)
     return vote(similarities, labels.to(index.device)[index], temperature)
 
+# %% ../nbs/08_probe.ipynb #cabe6851
+def _eigenbasis(x,  # centred features (n, dim)
+                least: float) -> tuple:  # features along the axes (n, r), axes (dim, r), variances (r,)
+    "Rotate features onto their principal axes, without those whose variance is not above `least`."
+    n, dim = x.shape
+    values, vectors = torch.linalg.eigh((x.T @ x if dim <= n else x @ x.T) / n)  # the smaller of the two has the same values
+    values, vectors = values[values > least], vectors[:, values > least]
+    axes = vectors if dim <= n else x.T @ vectors / (n * values).sqrt()
+    return x @ axes, axes, values
+
 # %% ../nbs/08_probe.ipynb #0b7050f8
 def logistic(x,  # standardised features (n, dim), float64
              codes,  # classes 0 … (n,)
-             strengths,  # ascending: each fit starts from the one before
+             strengths,  # each fit starts from the one before
              max_iter: int = 500):
     "Yield (C, weights (classes, dim + 1) with the intercept last, whether it converged) of the logistic regression that scikit-learn would fit, for each C."
     n, classes = len(x), int(codes.max()) + 1
-    one_hot, gram = F.one_hot(codes, classes).to(x), x.T @ x / (2 * n)
-    weights, solve = x.new_zeros(classes, x.shape[1] + 1), torch.linalg.solve_triangular
-    for C in strengths:
-        penalty = (2 if classes == 2 else 1) / (C * n)  # of two classes scikit-learn penalises only the difference
-        L = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram)).to(x))
-        u = torch.cat([weights[:, :-1] @ L, weights[:, -1:]], 1).requires_grad_()  # weights = u L⁻¹
+    penalties = [(2 if classes == 2 else 1) / (C * n) for C in strengths]  # of two classes scikit-learn penalises only the difference
+    x, axes, variances = _eigenbasis(x, 1e-5 * min(penalties))  # less changes no logit by more than 1e-5
+    one_hot, w = F.one_hot(codes, classes).to(x), x.new_zeros(classes, x.shape[1] + 1)
+    for C, penalty in zip(strengths, penalties):
+        scale = F.pad((variances / 2 + penalty).rsqrt(), (0, 1), value=1)  # w = u · scale
+        u = (w / scale).requires_grad_()
         optimiser = torch.optim.LBFGS([u], max_iter=max_iter, max_eval=4 * max_iter, tolerance_grad=1e-7, tolerance_change=1e-15, history_size=20, line_search_fn='strong_wolfe')
 
         @torch.no_grad()
         def closure():
-            w = solve(L, u[:, :-1], upper=False, left=False)
-            logits = torch.addmm(u[:, -1], x, w.T)
-            logs = logits.log_softmax(1)
+            w = u * scale
+            logs = torch.addmm(w[:, -1], x, w[:, :-1].T).log_softmax(1)
             rest = (logs.exp() - one_hot) / n
-            u.grad = torch.cat([solve(L.T, rest.T @ x + penalty * w, upper=True, left=False), rest.sum(0)[:, None]], 1)
-            return -(logs * one_hot).sum() / n + penalty / 2 * w.square().sum()
+            u.grad = torch.cat([rest.T @ x + penalty * w[:, :-1], rest.sum(0)[:, None]], 1) * scale
+            return -(logs * one_hot).sum() / n + penalty / 2 * w[:, :-1].square().sum()
         optimiser.step(closure)
-        weights = torch.cat([solve(L, u[:, :-1], upper=False, left=False), u[:, -1:]], 1).detach()
-        yield C, weights, optimiser.state[u]['n_iter'] < max_iter
+        w = (u * scale).detach()
+        yield C, torch.cat([w[:, :-1] @ axes.T, w[:, -1:]], 1), optimiser.state[u]['n_iter'] < max_iter
 
 # %% ../nbs/08_probe.ipynb #c17379a1
 STRENGTHS = (1e-3, 0.03, 1.0, 30.0)  # scikit-learn's C: larger is weaker regularisation
