@@ -10,6 +10,7 @@ __all__ = ['STRENGTHS', 'RATES', 'REPRESENTATIONS', 'KS', 'SHOTS', 'DRAWS', 'NAM
            'draw_pictures']
 
 # %% ../nbs/08_probe.ipynb #67554307
+import functools
 import math
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from .core import UserError, metric, progress, stage, subplots, wilson
 from .data import load_split, splits
-from .model import device, features, infer
+from .model import device, features, infer, pool
 from .phase2 import mcnemar, phase2, phase2_logits, phase2_model
 
 # %% ../nbs/08_probe.ipynb #2bf3bd6a
@@ -203,8 +204,9 @@ def sgd_probe(train_feats, train_labels, val_feats, val_labels,  # (n, dim), (n,
 # %% ../nbs/08_probe.ipynb #acbc50cf
 @stage(after=[phase2])
 def finetuned_features(cfg, folder):
-    "Embed each split with the fine-tuned backbone."
+    "Embed each split with the fine-tuned backbone; by its CLS token where the head is given all tokens."
     body = phase2_model(cfg).backbone
+    if cfg.pooling == 'attention': body.forward_head = functools.partial(pool, prefix=body.num_prefix_tokens, pooling='cls')
     return {name: infer(body, load_split(cfg, name)[0], cfg) for name in ('train', 'val', 'test')}
 
 def pixels(cfg) -> dict:  # split → (n, 3·h·w), 0 … 1
