@@ -29,13 +29,13 @@ COMMAND, MINUTES, SPAN = str(Path(sys.executable).with_name('dinocls')), 0.01, 2
 STEPS = 4  # an epoch of the preset smoke: 200 images in batches of 50
 
 
-def begin(folder: Path, seed: int, epochs: int):
+def begin(folder: Path, seed: int, epochs: int, stage: str = 'phase2'):
     "Start the training in a run folder; it tells its progress in a file, and what it says in a log."
     (progress := folder.with_suffix('.progress')).unlink(missing_ok=True)
     fields = [f'seed={seed}', 'device=cpu', f'phase2_epochs={epochs}', f'checkpoint_minutes={MINUTES}']
     env = {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'DINOCLS_PROGRESS': str(progress)}
     with open(folder.with_suffix('.log'), 'a') as log:
-        return subprocess.Popen([COMMAND, 'stage', 'phase2', '-p', 'smoke', *(a for f in fields for a in ('-s', f)), '--out', str(folder)], env=env, stdout=log, stderr=log)
+        return subprocess.Popen([COMMAND, 'stage', stage, '-p', 'smoke', *(a for f in fields for a in ('-s', f)), '--out', str(folder)], env=env, stdout=log, stderr=log)
 
 
 def said(folder: Path) -> str: return folder.with_suffix('.log').read_text()
@@ -96,6 +96,7 @@ def undisturbed(folder: Path, seed: int, epochs: int) -> tuple[float, float]:
 def disturbed(folder: Path, seed: int, epochs: int, kills: int, before: int, start_up: float) -> list[dict]:
     "Train in spite of at most `kills` kills, `before` of which were done in earlier rounds; return what happened at each."
     events, chance = [], random.Random(seed)
+    begin(folder, seed, epochs, 'splits').wait()  # it takes seconds and has no checkpoint: the kills are meant for the training
     while len(events) < kills:
         event = kill(begin(folder, seed, epochs), folder, chance, start_up)
         if not event: break

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONTENTS', 'app', 'PresetOption', 'ConfigOption', 'SetOption', 'OutOption', 'Chapter', 'notebook_folder',
-           'read_chapter', 'seconds', 'chapters', 'choose', 'check_parameters', 'execute', 'tidy', 'chapter_digest',
-           'is_current', 'jobs', 'Job', 'launch', 'parameters', 'urgency', 'Run', 'duration', 'Plain', 'Live',
-           'run_book', 'stages', 'short', 'write_pages', 'settings', 'run', 'stage', 'list_', 'download', 'publish',
-           'doctor', 'examine', 'colab_cells', 'as_source', 'chapter_table', 'preset_table', 'sync', 'main']
+           'read_chapter', 'seconds', 'chapters', 'choose', 'check_parameters', 'execute', 'tidy', 'smaller',
+           'chapter_digest', 'is_current', 'jobs', 'Job', 'launch', 'parameters', 'urgency', 'Run', 'duration', 'Plain',
+           'Live', 'run_book', 'stages', 'short', 'write_pages', 'settings', 'run', 'stage', 'list_', 'download',
+           'publish', 'doctor', 'examine', 'colab_cells', 'as_source', 'chapter_table', 'preset_table', 'sync', 'main']
 
 # %% ../nbs/15_book.ipynb #18cb4e19
 import contextlib
@@ -123,10 +123,21 @@ def tidy(notebook: str) -> str:
     for cell in nb['cells']:
         cell['metadata'] = {k: v for k, v in cell['metadata'].items() if k == 'tags'}
         if 'injected-parameters' in cell['metadata'].get('tags', ()): cell['id'] = 'injected-parameters'  # papermill draws one at random
-        for output in cell.get('outputs', ()): output.get('metadata', {}).pop('papermill', None)
+        for output in cell.get('outputs', ()):
+            output.get('metadata', {}).pop('papermill', None)
+            if 'image/png' in output.get('data', {}): output['data']['image/png'] = smaller(output['data']['image/png'])
     text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
     for folder, short in ((str(root()) + os.sep, ''), (str(Path.home()), '~')): text = text.replace(folder, short)
     return text
+
+# %% ../nbs/15_book.ipynb #c0423d35
+def smaller(png: str) -> str:
+    "Return a picture (PNG in base64) with 256 colours, if that is shorter: a figure does not miss the others, and git is spared them."
+    from base64 import b64decode, b64encode
+    from io import BytesIO
+    from PIL import Image
+    Image.open(BytesIO(b64decode(png))).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(small := BytesIO(), 'PNG', optimize=True)
+    return min(png, b64encode(small.getvalue()).decode() + '\n', key=len)
 
 # %% ../nbs/15_book.ipynb #469b7fec
 def chapter_digest(chapter: Chapter, book: list[Chapter], cfg: Config) -> str:
