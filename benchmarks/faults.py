@@ -25,7 +25,7 @@ from dinocls.data import Loader
 from dinocls.model import classifier
 from dinocls.train import Divided, load_checkpoint, save_checkpoint, start, train_epoch
 
-COMMAND, MINUTES, SPAN = str(Path(sys.executable).with_name('dinocls')), 0.01, 2.5  # minutes between checkpoints; seconds within which a kill comes
+COMMAND, MINUTES, SPAN = str(Path(sys.executable).with_name('dinocls')), 0.01, 8.0  # minutes between checkpoints; seconds within which a kill comes
 STEPS = 4  # an epoch of the preset smoke: 200 images in batches of 50
 
 
