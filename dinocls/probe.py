@@ -29,6 +29,12 @@ def _unit(x, what: str) -> torch.Tensor:  # float32 (n, dim), rows of length 1
     if not torch.isfinite(x).all(): raise UserError(f'The {what} of a nearest-neighbour search hold numbers that are not finite.')
     return F.normalize(x, dim=1)
 
+# %% ../nbs/08_probe.ipynb #91c1b04f
+def _product(a, b, out=None):
+    "Multiply matrices by the faster library."
+    if a.device.type != 'cpu' or a.dtype == torch.bfloat16: return torch.mm(a, b, out=out)
+    return torch.from_numpy(np.matmul(a.numpy(), b.numpy(), out=None if out is None else out.numpy()))
+
 # %% ../nbs/08_probe.ipynb #b74f5159
 def _search(bank, queries, k: int):  # unit rows of one type on one device → similarities and indices (m, k), nearest first
     "Find the k largest products of each query with the rows of the bank: blocks of queries by chunks of the bank."
@@ -42,8 +48,7 @@ def _search(bank, queries, k: int):  # unit rows of one type on one device → s
         s, m = products[:len(x)].flatten(1), largest[:len(x)]
         for i, y in enumerate(bank.split(group * wide)):
             part = s[:, i * group * wide:][:, :len(y)]
-            if bank.device.type == 'cpu' and bank.dtype == torch.float32: np.matmul(x.numpy(), y.numpy().T, out=part.numpy())
-            else: torch.mm(x, y.T, out=part)
+            _product(x, y.T, out=part)
             if len(y) < group * wide: s[:, len(bank):] = -torch.inf
             torch.amax(products[:len(x), i], 1, out=m[:, i])  # while the chunk is in the cache
         best = m.flatten(1).topk(k, sorted=False).indices
@@ -111,41 +116,53 @@ def knn(bank,  # features (n, dim), array or tensor
     similarities, index = neighbours(bank, queries, k)
     return vote(similarities, labels.to(index.device)[index], temperature)
 
-# %% ../nbs/08_probe.ipynb #cabe6851
-def _eigenbasis(x,  # centred features (n, dim)
-                least: float) -> tuple:  # features along the axes (n, r), axes (dim, r), variances (r,)
-    "Rotate features onto their principal axes, without those whose variance is not above `least`."
-    n, dim = x.shape
-    values, vectors = torch.linalg.eigh((x.T @ x if dim <= n else x @ x.T) / n)  # the smaller of the two has the same values
+# %% ../nbs/08_probe.ipynb #17979ecc
+def _span(x,  # (n, dim)
+          least: float = 1e-12) -> tuple:  # coordinates (n, r), axes (dim, r)
+    "Express more features than images in the principal axes of the images, without those whose variance is not above `least`."
+    n = len(x)
+    values, vectors = torch.linalg.eigh(_product(x, x.T) / n)
     values, vectors = values[values > least], vectors[:, values > least]
-    axes = vectors if dim <= n else x.T @ vectors / (n * values).sqrt()
-    return x @ axes, axes, values
+    axes = _product(x.T, vectors) / (n * values).sqrt()
+    return _product(x, axes), axes
 
 # %% ../nbs/08_probe.ipynb #0b7050f8
+def _minimise(x, one_hot, w, penalty: float, tolerance: float, max_iter: int):  # (n, r), (n, classes), (classes, r + 1)
+    "Minimise cross-entropy + penalty / 2 · ‖w‖² by L-BFGS from w, products in the precision of x; return w, the minimum and the number of steps."
+    low, solve, logits = x.dtype, torch.linalg.solve_triangular, lambda x, w: _product(x, w[:, :-1].T.to(low)) + w[:, -1].to(low)
+    some = x[::max(1, len(x) // max(4000, 8 * x.shape[1]))]
+    p = logits(some, w).softmax(1).double()
+    some = F.pad(some.double(), (0, 1), value=1) * (p * (1 - p)).mean(1, keepdim=True).sqrt()
+    L = torch.linalg.cholesky(_product(some.T, some) / len(some) + penalty * torch.eye(len(w[0])).to(w))
+    u = (w @ L).requires_grad_()  # w = u L⁻¹
+    optimiser = torch.optim.LBFGS([u], max_iter=max_iter, max_eval=4 * max_iter, tolerance_grad=tolerance, tolerance_change=1e-15, history_size=20, line_search_fn='strong_wolfe')
+
+    @torch.no_grad()
+    def closure():
+        w = solve(L, u, upper=False, left=False)
+        logs = logits(x, w).log_softmax(1)
+        rest = (logs.exp() - one_hot) / len(x)
+        slope = torch.cat([_product(rest.T, x).double() + penalty * w[:, :-1], rest.sum(0, dtype=torch.float64)[:, None]], 1)
+        u.grad = solve(L.T, slope, upper=True, left=False).contiguous()
+        return -(logs * one_hot).sum(dtype=torch.float64) / len(x) + penalty / 2 * w[:, :-1].square().sum()
+    optimiser.step(closure)
+    return solve(L, u.detach(), upper=False, left=False), float(closure()), optimiser.state[u]['n_iter']
+
+# %% ../nbs/08_probe.ipynb #8cf8212f
 def logistic(x,  # standardised features (n, dim), float64
              codes,  # classes 0 … (n,)
              strengths,  # each fit starts from the one before
              max_iter: int = 500):
     "Yield (C, weights (classes, dim + 1) with the intercept last, whether it converged) of the logistic regression that scikit-learn would fit, for each C."
-    n, classes = len(x), int(codes.max()) + 1
-    penalties = [(2 if classes == 2 else 1) / (C * n) for C in strengths]  # of two classes scikit-learn penalises only the difference
-    x, axes, variances = _eigenbasis(x, 1e-5 * min(penalties))  # less changes no logit by more than 1e-5
-    one_hot, w = F.one_hot(codes, classes).to(x), x.new_zeros(classes, x.shape[1] + 1)
-    for C, penalty in zip(strengths, penalties):
-        scale = F.pad((variances / 2 + penalty).rsqrt(), (0, 1), value=1)  # w = u · scale
-        u = (w / scale).requires_grad_()
-        optimiser = torch.optim.LBFGS([u], max_iter=max_iter, max_eval=4 * max_iter, tolerance_grad=1e-7, tolerance_change=1e-15, history_size=20, line_search_fn='strong_wolfe')
-
-        @torch.no_grad()
-        def closure():
-            w = u * scale
-            logs = torch.addmm(w[:, -1], x, w[:, :-1].T).log_softmax(1)
-            rest = (logs.exp() - one_hot) / n
-            u.grad = torch.cat([rest.T @ x + penalty * w[:, :-1], rest.sum(0)[:, None]], 1) * scale
-            return -(logs * one_hot).sum() / n + penalty / 2 * w[:, :-1].square().sum()
-        optimiser.step(closure)
-        w = (u * scale).detach()
-        yield C, torch.cat([w[:, :-1] @ axes.T, w[:, -1:]], 1), optimiser.state[u]['n_iter'] < max_iter
+    n, classes, axes = len(x), int(codes.max()) + 1, None
+    if x.shape[1] > n: x, axes = _span(x)
+    w, hot = x.new_zeros(classes, x.shape[1] + 1), F.one_hot(codes, classes)
+    coarse, fine = ((f, hot.to(f)) for f in (x.float(), x))
+    for C in strengths:
+        penalty = (2 if classes == 2 else 1) / (C * n)  # of two classes scikit-learn penalises only the difference
+        if n > 10_000: w, loss, steps = _minimise(*coarse, w, penalty, 1e-5, max_iter)
+        if n <= 10_000 or loss < 0.1: w, loss, steps = _minimise(*fine, w, penalty, 1e-6, max_iter)
+        yield C, w if axes is None else torch.cat([_product(w[:, :-1], axes.T), w[:, -1:]], 1), steps < max_iter
 
 # %% ../nbs/08_probe.ipynb #c17379a1
 STRENGTHS = (1e-3, 0.03, 1.0, 30.0)  # scikit-learn's C: larger is weaker regularisation
@@ -421,7 +438,7 @@ def draw_scatter(ax, xy: np.ndarray, labels: np.ndarray, classes: list, **kwargs
     ax.grid(False)
 
 # %% ../nbs/08_probe.ipynb #fb43fb2a
-def spaced(xy: np.ndarray, first: np.ndarray, apart: float = 0.045) -> list[int]:  # apart: share of the picture's width
+def spaced(xy: np.ndarray, first: np.ndarray, apart: float = 0.036) -> list[int]:  # apart: share of the picture's width
     "Return which places can be shown so that no two come closer than `apart` in both directions; those marked in `first` go first."
     unit = (xy - xy.min(0)) / np.maximum(np.ptp(xy, axis=0), 1e-12)
     taken = []
@@ -429,7 +446,7 @@ def spaced(xy: np.ndarray, first: np.ndarray, apart: float = 0.045) -> list[int]
         if not taken or np.abs(unit[taken] - unit[i]).max(1).min() >= apart: taken.append(int(i))
     return taken
 
-def draw_pictures(ax, xy: np.ndarray, images: np.ndarray, labels: np.ndarray, wrong: np.ndarray, side: int = 18):  # uint8 (n, h, w, 3); points
+def draw_pictures(ax, xy: np.ndarray, images: np.ndarray, labels: np.ndarray, wrong: np.ndarray, side: int = 15):  # uint8 (n, h, w, 3); points
     "Draw small pictures at their places in the plane, those that are wrong with a thick red frame."
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     for i in reversed(spaced(xy, wrong)):
