@@ -161,7 +161,7 @@ def logistic(x,  # standardised features (n, dim), float64
     for C in strengths:
         penalty = (2 if classes == 2 else 1) / (C * n)  # of two classes scikit-learn penalises only the difference
         if n > 10_000: w, loss, steps = _minimise(*coarse, w, penalty, 1e-5, max_iter)
-        if n <= 10_000 or loss < 0.1: w, loss, steps = _minimise(*fine, w, penalty, 1e-6, max_iter)
+        if n <= 10_000 or loss < 0.1: w, loss, steps = _minimise(*fine, w, penalty, FINE, max_iter)
         yield C, w if axes is None else torch.cat([_product(w[:, :-1], axes.T), w[:, -1:]], 1), steps < max_iter
 
 # %% ../nbs/08_probe.ipynb #c17379a1
@@ -401,7 +401,7 @@ def draw_strengths(linear: dict, sgd: list[dict], title: str):
     "Draw the validation accuracy of the linear probes over C, and of those by SGD over the rate, with what was chosen; return the figure."
     fig, (left, right) = subplots(1, 2, size=(6.4, 3.2), sharey=True)
     for i, (name, found) in enumerate(linear.items()):
-        left.plot([g['C'] for g in found['grid']], [100 * g['val_accuracy'] for g in found['grid']], 'os^'[i] + '-', label=NAMES[name])
+        left.plot([g['C'] for g in found['grid']], [100 * g['val_accuracy'] for g in found['grid']], 'os^'[i] + '-', color=f'C{i}', label=NAMES[name])
         left.plot(found['C'], 100 * max(g['val_accuracy'] for g in found['grid']), 'o', ms=12, mfc='none', mec='0.2')
     right.plot([g['rate'] for g in sgd], [100 * g['val_accuracy'] for g in sgd], 's-', color='C1')
     best = max(sgd, key=lambda g: g['val_accuracy'])
