@@ -140,9 +140,10 @@ def memory():
 
     work(IMAGES, 5)
     images = np.random.default_rng(0).integers(0, 256, (60_000, 32, 32, 3), dtype=np.uint8)
-    before = core.peak_memory()['resident']
+    peak = lambda: core.peak_memory()['resident'] * 2**20 / 1e6
+    before = peak()
     work(images, 50)
-    print(f'{images.nbytes / 1e6:.0f} {core.peak_memory()['resident'] - before:.0f}')
+    print(f'{images.nbytes / 1e6:.0f} {peak() - before:.0f}')
 
 
 def on_gpu() -> list[str]:
