@@ -9,7 +9,8 @@ config = ConfigParser(delimiters=['='])
 config.read(here/'settings.ini', encoding='utf-8')
 s = config['DEFAULT']
 split = lambda key: s[key].split()
-optional = split('pretrain_requirements') + split('lora_requirements')  # of which the book's chapters use everything
+extras = {name: split(f'{name}_requirements') for name in ('pretrain', 'lora', 'export', 'serve')}
+book = split('book_requirements') + sum(extras.values(), [])  # the chapters use everything
 
 setup(
     name=s['lib_name'], version=s['version'], description=s['description'], keywords=s['keywords'],
@@ -17,8 +18,7 @@ setup(
     url=s['git_url'], author=s['author'], author_email=s['author_email'], license='MIT', license_files=['LICENSE'],
     packages=[s['lib_name']], package_data={s['lib_name']: ['*.mplstyle', 'weights/*']}, include_package_data=False,
     python_requires=f">={s['min_python']}", install_requires=split('requirements'),
-    extras_require={'pretrain': split('pretrain_requirements'), 'lora': split('lora_requirements'), 'book': split('book_requirements') + optional,
-                    'dev': split('book_requirements') + optional + split('dev_requirements')},
+    extras_require={**extras, 'book': book, 'dev': book + split('dev_requirements')},
     entry_points={'console_scripts': split('console_scripts')}, zip_safe=False,
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
