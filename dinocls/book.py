@@ -7,7 +7,8 @@ __all__ = ['CONTENTS', 'app', 'PresetOption', 'ConfigOption', 'SetOption', 'OutO
            'read_chapter', 'seconds', 'chapters', 'choose', 'check_parameters', 'execute', 'tidy', 'smaller',
            'chapter_digest', 'is_current', 'jobs', 'Job', 'launch', 'parameters', 'urgency', 'Run', 'duration', 'Plain',
            'Live', 'run_book', 'stages', 'short', 'write_pages', 'settings', 'run', 'stage', 'list_', 'download',
-           'publish', 'doctor', 'examine', 'colab_cells', 'as_source', 'chapter_table', 'preset_table', 'sync', 'main']
+           'publish', 'serve', 'doctor', 'examine', 'colab_cells', 'as_source', 'chapter_table', 'preset_table', 'sync',
+           'main']
 
 # %% ../nbs/15_book.ipynb #18cb4e19
 import contextlib
@@ -555,6 +556,24 @@ def publish(preset: PresetOption = '', config: ConfigOption = None, set: SetOpti
     "Pre-train one of the book's own backbones and put its weights into the package."
     from dinocls.pretrain import publish as make
     print(f'{short(make(settings(preset, config, set or [], out)))} is written, and its record beside it.')
+
+# %% ../nbs/15_book.ipynb #04fceb4e
+@app.command()
+def serve(folder: Annotated[Path | None, typer.Argument(help="production folder; default: the run's own, made if it is missing")] = None,
+          preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None,
+          host: Annotated[str, typer.Option(help='address to listen on; 0.0.0.0: every one of this machine')] = '127.0.0.1',
+          port: Annotated[int, typer.Option(help='port to listen on; 0: any that is free')] = 8000,
+          api_key: Annotated[str, typer.Option(envvar='DINOCLS_API_KEY', help='what clients have to send; better set in the environment, where no list of processes shows it')] = '',
+          device: Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:1 or mps')] = 'auto',
+          backend: Annotated[str, typer.Option(help='what computes; auto: the fastest that is there')] = 'auto',
+          page: Annotated[bool, typer.Option('--page/--no-page', help='a page for the browser, where Gradio is installed')] = True,
+          limit: Annotated[list[str] | None, typer.Option('--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None):
+    "Answer over HTTP, until it is stopped."
+    from dinocls.inference import ProductionModel, production
+    from dinocls.service import serve as start
+    place = folder or production(settings(preset, config, set or [], out))
+    model = ProductionModel(place, device, **({} if backend == 'auto' else {'backend': backend}))
+    start(model, host, port, api_key, page, **core.parse_overrides(' '.join(core.shlex.quote(word) for word in limit or [])))
 
 # %% ../nbs/15_book.ipynb #2d7d0f96
 @app.command()
