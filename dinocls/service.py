@@ -6,9 +6,9 @@
 __all__ = ['API', 'WITHOUT_KEY', 'PAGE', 'OFFLINE', 'PROBLEMS', 'STYLE', 'CLIENTS', 'WAYS', 'Limits', 'Refusal', 'claimed_pixels',
            'read_picture', 'Batcher', 'in_loop', 'files', 'Meters', 'answers', 'Service', 'is_page', 'given_key',
            'Visit', 'too_large', 'Gate', 'Answer', 'Failure', 'Problem', 'described', 'add_predictions', 'add_status',
-           'worsen', 'enlarged', 'overlay', 'looker', 'introduction', 'create_page', 'has_gradio', 'add_page',
-           'limits_from', 'create_app', 'listen', 'close', 'serve', 'post', 'load', 'compare', 'service_speed',
-           'draw_speed']
+           'worsen', 'enlarged', 'overlay', 'looker', 'introduction', 'create_page', 'uploaded', 'has_gradio',
+           'add_page', 'limits_from', 'create_app', 'listen', 'close', 'serve', 'post', 'load', 'compare',
+           'service_speed', 'draw_speed']
 
 # %% ../nbs/A2_service.ipynb #4b7101d6
 import asyncio
@@ -498,17 +498,22 @@ def _examples(model, picture):
         for file, pixels in zip(files, pictures): file.write_bytes(as_png(pixels))
         gr.Examples([str(file) for file in files], picture, label='Examples')
 
-# %% ../nbs/A2_service.ipynb #1c56321f
+# %% ../nbs/A2_service.ipynb #4dc54c13
+def uploaded(path: str | None) -> str | None:
+    "Return the path of a file that was uploaded to the page, or that the page made. Raise Gradio's error for any other path or address."
+    import gradio as gr
+    from gradio.utils import get_upload_folder
+    if path and not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise gr.Error('The page takes uploads, and neither paths nor addresses.', print_exception=False)
+    return path
+
 def _shut_in(page, picture):
     "Let events of the page read uploads, undecoded, and nothing else."
-    import gradio as gr
-    picture.preprocess = lambda payload: payload and payload.path  # `read_picture` decodes, within the limits
-    def only_here(move):
-        async def moved(path):
-            if '://' in str(path): raise gr.Error('The page takes pictures, not addresses.')
-            return await move(path)
+    picture.preprocess = lambda payload: payload and uploaded(payload.path)  # `read_picture` decodes, within the limits
+    def only_uploads(move):
+        async def moved(path): return await move(uploaded(path))
         return moved
-    for block in page.blocks.values(): block.async_move_resource_to_block_cache = only_here(block.async_move_resource_to_block_cache)
+    for block in page.blocks.values(): block.async_move_resource_to_block_cache = only_uploads(block.async_move_resource_to_block_cache)
 
 def has_gradio() -> bool:
     "Tell whether Gradio is installed."
