@@ -2,8 +2,8 @@
 import asyncio
 import base64
 import contextlib
-import functools
 import gc
+import importlib.util
 import io
 import json
 import os
@@ -368,19 +368,19 @@ import sys, time
 from dinocls.inference import ProductionModel, answer
 from dinocls.service import serve
 model = ProductionModel(sys.argv[1], 'cpu')
-class Slow:
+class Slow:  # over white pictures
     def __getattr__(self, name): return getattr(model, name)
     def answers(self, pixels):
-        time.sleep(float(sys.argv[2]))
+        if any((p == 255).all() for p in pixels): time.sleep(1)
         return [answer(p, model.classes) for p in model.probabilities(pixels)]
-serve(Slow(), port=0, page=sys.argv[3] == 'page', timeout=float(sys.argv[4]))
+serve(Slow(), port=0, page=sys.argv[2] == 'page', timeout=float(sys.argv[3]))
 '''
 
 
 @contextlib.contextmanager
-def server(folder, seconds=0.0, page='', timeout=20):
+def server(folder, page='', timeout=20):
     "A server in a process of its own; yield the process and its port."
-    process = subprocess.Popen([sys.executable, '-c', SERVER, str(folder), str(seconds), page, str(timeout)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, '-c', SERVER, str(folder), page, str(timeout)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                cwd=ROOT, env=environment(OMP_NUM_THREADS=1, PYTHONPATH=ROOT))
     try:
         line = process.stdout.readline()
@@ -411,42 +411,36 @@ def connected(port):
     return connection
 
 
-def test_stopped_in_the_middle_it_answers_what_it_took_in(folder):
-    "Open pages do not hold it up, and nobody new gets in."
-    with server(folder, 0.6, 'page') as (process, port), connected(port) as waiting, connected(port) as sending, connected(port) as idle, connected(port) as page:
-        page.sendall(b'GET /gradio_api/heartbeat/test HTTP/1.1\r\nHost: x\r\n\r\n')
-        waiting.sendall(head(len(PNG)) + PNG)
-        sending.sendall(head(len(PNG)) + PNG[:100])
-        time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        with pytest.raises(OSError): connected(port).close()
-        sending.sendall(PNG[100:])
-        for connection in (waiting, sending): assert b'200 OK' in reply(connection)
-        assert idle.recv(10) == b''
-        assert process.wait(10) == -signal.SIGTERM and 'Traceback' not in process.stderr.read()
+@pytest.fixture(scope='module')
+def running(folder):
+    "A server, with the page if there is Gradio: the process and the port."
+    with server(folder, 'page' * bool(importlib.util.find_spec('gradio')), timeout=3) as (process, port): yield process, port
 
 
-def test_slow_lying_and_broken_clients(folder):
-    with server(folder, timeout=1) as (process, port):
-        with connected(port) as slow:
-            slow.sendall(head(len(PNG)) + PNG[:50])
-            assert b'408' in (got := reply(slow)) and b'"detail"' in got
-        with connected(port) as short: short.sendall(head(10_000) + PNG)  # and hangs up
-        with connected(port) as long:
-            long.sendall(head(len(PNG)) + PNG + b'more than was said')
-            assert b'200 OK' in reply(long)
-        with connected(port) as bad:
-            bad.sendall(head('many'))
-            assert b'400' in reply(bad)
-        with connected(port) as endless:
-            endless.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n')
-            with contextlib.suppress(OSError):
-                for _ in range(600): endless.sendall(b'10000\r\n' + bytes(65536) + b'\r\n')  # 39 MB
-            assert b'413' in reply(endless)
-        time.sleep(0.2)
-        metrics = urllib.request.urlopen(f'http://127.0.0.1:{port}/metrics').read().decode()
-        assert 'dinocls_held_pictures 0.0' in metrics and 'status="500"' not in metrics
+@pytest.fixture
+def site(running): return f'http://127.0.0.1:{running[1]}'
+
+
+def test_slow_lying_and_broken_clients(running):
+    _, port = running
+    with connected(port) as slow:
+        slow.sendall(head(len(PNG)) + PNG[:50])
+        assert b'408' in (got := reply(slow)) and b'"detail"' in got
+    with connected(port) as short: short.sendall(head(10_000) + PNG)  # and hangs up
+    with connected(port) as long:
+        long.sendall(head(len(PNG)) + PNG + b'more than was said')
+        assert b'200 OK' in reply(long)
+    with connected(port) as bad:
+        bad.sendall(head('many'))
+        assert b'400' in reply(bad)
+    with connected(port) as endless:
+        endless.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n')
+        with contextlib.suppress(OSError):
+            for _ in range(600): endless.sendall(b'10000\r\n' + bytes(65536) + b'\r\n')  # 39 MB
+        assert b'413' in reply(endless)
+    time.sleep(0.2)
+    metrics = urllib.request.urlopen(f'http://127.0.0.1:{port}/metrics').read().decode()
+    assert 'dinocls_held_pictures 0.0' in metrics and 'status="500"' not in metrics
 
 
 def test_mistakes_of_the_command_get_one_sentence(folder, tmp_path, in_process):
@@ -468,11 +462,7 @@ def test_missing_extra(missing, folder, monkeypatch, in_process):
 # --- the page
 
 
-@pytest.fixture(scope='module')
-def site(folder):
-    "A server with the page."
-    pytest.importorskip('gradio')
-    with server(folder, page='page', timeout=10) as (process, port): yield f'http://127.0.0.1:{port}'
+NEEDS_GRADIO = pytest.mark.skipif(not importlib.util.find_spec('gradio'), reason='Gradio is not installed')
 
 
 def ask_page(site, file: bytes, name='a.png', corruption='fog', severity=0, **fields):
@@ -488,6 +478,7 @@ def ask_page(site, file: bytes, name='a.png', corruption='fog', severity=0, **fi
                 if line.startswith('data:') and (event := json.loads(line[5:]))['msg'] == 'process_completed': return event['output']
 
 
+@NEEDS_GRADIO
 def test_page_answers_as_the_model(site, model):
     data = encoded(PHOTO, 'JPEG')
     message, label, seen, overlay = ask_page(site, data, 'photo.jpg')['data']
@@ -497,12 +488,14 @@ def test_page_answers_as_the_model(site, model):
     assert {c['label']: c['confidence'] for c in worse['confidences']} != {c['label']: c['confidence'] for c in label['confidences']}
 
 
+@NEEDS_GRADIO
 @pytest.mark.parametrize('data, part', [(b'Dear Sir or Madam', 'not a picture'), (claims(60_000, 60_000), 'too many pixels'), (PNG[:60], 'Cannot use'), (b'', 'Cannot use')])
 def test_page_says_what_is_wrong(site, data, part):
     message, label, *_ = ask_page(site, data)['data']
     assert part in message['value'] and message['visible'] and label is None or not label.get('label')
 
 
+@NEEDS_GRADIO
 def test_page_opens_nothing_for_a_client(site):
     "A client may name paths and addresses in place of an upload, in every way that Gradio's protocol has."
     with socket.create_server(('127.0.0.1', 0)) as trap, httpx.Client(base_url=site, timeout=20) as client:
@@ -520,6 +513,7 @@ def test_page_opens_nothing_for_a_client(site):
         with pytest.raises(TimeoutError): trap.accept()
 
 
+@NEEDS_GRADIO
 def test_page_loads_nothing_from_elsewhere(site):
     response = httpx.get(site)
     assert "default-src 'self'" in response.headers['content-security-policy']
@@ -538,7 +532,7 @@ class Browser:
         from websocket import create_connection
         flags = ['--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--remote-debugging-port=0', '--remote-allow-origins=*', f'--user-data-dir={folder}']
         self.process, self.sent, self.asked = subprocess.Popen([BROWSER, *flags, 'about:blank'], stderr=subprocess.PIPE, text=True), 0, []
-        port = next(line for line in self.process.stderr if 'listening on ws' in line).split(':')[3].split('/')[0]
+        port = next(line for line in self.process.stderr if 'listening on ws' in line).rsplit(':', 1)[1].split('/')[0]
         pages = json.load(urllib.request.urlopen(f'http://127.0.0.1:{port}/json'))
         self.pipe = create_connection(next(p['webSocketDebuggerUrl'] for p in pages if p['type'] == 'page'), timeout=20)
         for domain in ('Page', 'Runtime', 'Network', 'DOM'): self(f'{domain}.enable')
@@ -572,6 +566,7 @@ class Browser:
         self.process.stderr.close()
 
 
+@NEEDS_GRADIO
 @pytest.mark.skipif(not BROWSER, reason='no Chromium on this machine')
 @pytest.mark.parametrize('width', [1200, 390])
 def test_in_a_browser(site, model, tmp_path, width):
@@ -594,3 +589,25 @@ def test_in_a_browser(site, model, tmp_path, width):
         browser.until("document.body.innerText.includes('letter.txt')")  # the page's own refusal
         assert not [url for url in browser.asked if not url.startswith((site, 'data:', 'blob:', 'about:'))]
     finally: browser.close()
+
+
+# --- the end
+
+
+def test_stopped_in_the_middle_it_answers_what_it_took_in(running):
+    "The last test: nobody new gets in, an open page does not hold it up, and nothing went wrong in all that was before."
+    (process, port), white = running, as_png(np.full((32, 32, 3), 255, np.uint8))
+    with connected(port) as waiting, connected(port) as sending, connected(port) as idle, connected(port) as page:
+        page.sendall(b'GET /gradio_api/heartbeat/test HTTP/1.1\r\nHost: x\r\n\r\n')
+        waiting.sendall(head(len(white)) + white)
+        sending.sendall(head(len(PNG)) + PNG[:100])
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(OSError): connected(port).close()
+        sending.sendall(PNG[100:])
+        for connection in (waiting, sending): assert b'200 OK' in reply(connection)
+        assert idle.recv(10) == b''
+        assert process.wait(10) == -signal.SIGTERM
+        log = process.stderr.read()
+        assert 'ASGI' not in log and 'dinocls' not in log, log
