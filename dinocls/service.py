@@ -34,7 +34,7 @@ import torch
 
 from .attention import attention_maps
 from .augment import prepare
-from .core import UserError, cores, nearest, reason, stage, version
+from .core import UserError, cores, nearest, reason, stage, subplots, version
 from .data import FORMATS, load_split
 from .inference import ProductionModel, answer, as_png, production, to_pixels
 from .model import Classifier
@@ -370,7 +370,7 @@ def described(example, *bodies: str, field: str = 'file', schema: dict | None = 
     form = {'type': 'object', 'required': [field], 'properties': {field: schema or binary}}
     content = {'multipart/form-data': {'schema': form}} | {kind: {'schema': binary} for kind in bodies}
     return {'responses': {200: {'content': {'application/json': {'example': example}}}} | {
-                status: {'model': Problem, 'description': what.capitalize(), 'content': {'application/json': {'example': {'detail': f'Why: {what}.'}}}}
+                status: {'model': Problem, 'description': what.capitalize(), 'content': {'application/json': {'example': {'detail': f'{what.capitalize()}.'}}}}
                 for status, what in PROBLEMS.items()},
             'openapi_extra': {'requestBody': {'required': True, 'content': content}}}
 
@@ -558,7 +558,8 @@ def create_app(model,  # a `ProductionModel`
         warnings.filterwarnings('ignore', module=r'PIL\.')  # each hostile picture would leave one behind, for ever
         @contextlib.asynccontextmanager
         async def life(app):
-            async with service.batcher: yield
+            with service.readers:
+                async with service.batcher: yield
         app = FastAPI(title='dinocls', version=version(), description=f'Classifies pictures: {service.model.config["backbone"]}, {len(model.classes)} classes.',
                       lifespan=life, docs_url=None, redoc_url=None)  # those pages load their scripts from another server
         app.state.service, app.state.page = service, None
@@ -650,7 +651,6 @@ def service_speed(cfg, folder):
 # %% ../nbs/A2_service.ipynb #a0f0dbbf
 def draw_speed(rows: list[dict]):
     "Draw requests/s and the 99th percentile of their latency over the number of clients; return the figure."
-    from dinocls.core import subplots
     fig, axes = subplots(1, 2, size=(6.4, 3.2))
     for way, style in zip(WAYS, ('o-', 's--')):
         these = [r for r in rows if r['way'] == way]
