@@ -669,21 +669,19 @@ def bench(model: ModelOption = None, backend: Annotated[list[str] | None, typer.
 
 # %% ../nbs/15_book.ipynb #04fceb4e
 @app.command()
-def serve(folder: Annotated[Path | None, typer.Argument(help="production folder; default: the run's own, made if it is missing")] = None,
-          preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None,
+def serve(folder: Annotated[Path | None, typer.Argument(help="production folder, stage folder or checkpoint; default: the run's production folder")] = None,
           host: Annotated[str, typer.Option(help='address to listen on; 0.0.0.0: every one of this machine')] = '127.0.0.1',
           port: Annotated[int, typer.Option(help='port to listen on; 0: any that is free')] = 8000,
           api_key: Annotated[str, typer.Option(envvar='DINOCLS_API_KEY', help='what clients have to send; better set in the environment, where no list of processes shows it')] = '',
-          device: Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:1 or mps')] = 'auto',
-          backend: Annotated[str, typer.Option(help='what computes; auto: the fastest that is there')] = 'auto',
+          device: DeviceOption = 'auto', backend: BackendOption = 'auto',
           page: Annotated[bool, typer.Option('--page/--no-page', help='a page for the browser, where Gradio is installed')] = True,
-          limit: Annotated[list[str] | None, typer.Option('--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None):
+          limit: Annotated[list[str] | None, typer.Option('--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None,
+          preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Answer over HTTP, until it is stopped."
-    from dinocls.inference import ProductionModel, production
+    from dinocls.inference import ProductionModel
     from dinocls.service import serve as start
-    place = folder or production(settings(preset, config, set or [], out))
-    model = ProductionModel(place, device, **({} if backend == 'auto' else {'backend': backend}))
-    start(model, host, port, api_key, page, **core.parse_overrides(' '.join(core.shlex.quote(word) for word in limit or [])))
+    limits = core.parse_overrides(' '.join(core.shlex.quote(word) for word in limit or []))
+    start(ProductionModel(served_path(folder, settings(preset, config, set or [], out)), device, backend), host, port, api_key, page, **limits)
 
 # %% ../nbs/15_book.ipynb #2d7d0f96
 @app.command()

@@ -28,7 +28,7 @@ from PIL import Image
 
 from dinocls import core
 from dinocls.core import UserError
-from dinocls.inference import ProductionModel, answer, as_png, save_production
+from dinocls.inference import ProductionModel, as_png, save_production
 from dinocls.model import classifier
 
 pytest.importorskip('fastapi', reason="the service is an extra: pip install 'dinocls[serve]'")
@@ -61,7 +61,7 @@ class Held:
     def answers(self, pixels):
         self.sizes.append(len(pixels))
         if len(self.sizes) > 1: self.go.wait(20)  # the first batch is the service's own
-        return [answer(p, self.inner.classes) for p in self.inner.probabilities(pixels)]
+        return self.inner.answers(pixels)
 
 
 @contextlib.contextmanager
@@ -365,14 +365,14 @@ def test_openapi_has_examples(model):
 
 SERVER = '''
 import sys, time
-from dinocls.inference import ProductionModel, answer
+from dinocls.inference import ProductionModel
 from dinocls.service import serve
 model = ProductionModel(sys.argv[1], 'cpu')
 class Slow:  # over white pictures
     def __getattr__(self, name): return getattr(model, name)
     def answers(self, pixels):
         if any((p == 255).all() for p in pixels): time.sleep(1)
-        return [answer(p, model.classes) for p in model.probabilities(pixels)]
+        return model.answers(pixels)
 serve(Slow(), port=0, page=sys.argv[2] == 'page', timeout=float(sys.argv[3]))
 '''
 
@@ -445,18 +445,19 @@ def test_slow_lying_and_broken_clients(running):
 
 def test_mistakes_of_the_command_get_one_sentence(folder, tmp_path, in_process):
     with socket.create_server(('127.0.0.1', 0)) as taken:
-        refused(in_process('serve', folder, '--no-page', '--port', taken.getsockname()[1]), 'Cannot listen', 'in use', '--port')
+        refused(in_process('serve', folder, '--backend', 'torch', '--no-page', '--port', taken.getsockname()[1]), 'Cannot listen', 'in use', '--port')
     refused(in_process('serve', tmp_path/'gone'), 'no production folder', 'gone')
-    refused(in_process('serve', folder, '--port', 99999), 'Cannot listen', '--port')
-    refused(in_process('serve', folder, '--host', 'no.such.host.invalid'), 'Cannot listen', '--host')
-    refused(in_process('serve', folder, '--limit', 'max_bites=3', '--port', 0), 'max_bites', "did you mean 'max_bytes'")
+    refused(in_process('serve', folder, '--backend', 'torch', '--port', 99999), 'Cannot listen', '--port')
+    refused(in_process('serve', folder, '--backend', 'torch', '--host', 'no.such.host.invalid'), 'Cannot listen', '--host')
+    refused(in_process('serve', folder, '--backend', 'torch', '--limit', 'max_bites=3', '--port', 0), 'max_bites', "did you mean 'max_bytes'")
     refused(in_process('serve', folder, '--device', 'tpu'), 'tpu')
+    refused(in_process('serve', folder, '--backend', 'onxn'), 'onxn', "did you mean 'onnx'")
 
 
 @pytest.mark.parametrize('missing', ['fastapi', 'uvicorn', 'prometheus_client'])
 def test_missing_extra(missing, folder, monkeypatch, in_process):
     monkeypatch.setitem(sys.modules, missing, None)
-    refused(in_process('serve', folder, '--no-page', '--port', 0), missing, "pip install 'dinocls[serve]'")
+    refused(in_process('serve', folder, '--backend', 'torch', '--no-page', '--port', 0), missing, "pip install 'dinocls[serve]'")
 
 
 # --- the page
@@ -482,7 +483,7 @@ def ask_page(site, file: bytes, name='a.png', corruption='fog', severity=0, inpu
 def test_page_answers_as_the_model(site, model):
     data = encoded(PHOTO, 'JPEG')
     message, label, seen, overlay = ask_page(site, data, 'photo.jpg')['data']
-    assert label['label'] == model.predict(data)['prediction'] and seen['path'] and overlay['path'] and not message.get('value')
+    assert label['label'] == model.predict(data)['prediction'] and seen['path'] and overlay['path'] and not message['visible']
     with httpx.Client(base_url=site) as client: assert client.get(seen['url'].replace(site, '')).status_code == 200
     worse = ask_page(site, data, 'photo.jpg', 'gaussian_noise', 5)['data'][1]
     assert {c['label']: c['confidence'] for c in worse['confidences']} != {c['label']: c['confidence'] for c in label['confidences']}
