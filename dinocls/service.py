@@ -80,6 +80,7 @@ def claimed_pixels(data: bytes) -> float:
     except Image.DecompressionBombError: return math.inf
     except Exception: return 0  # `to_pixels` says what is wrong
 
+# %% ../nbs/A2_service.ipynb #4d934504
 def read_picture(data: bytes, native: tuple, max_pixels: int) -> np.ndarray:  # uint8 (height, width, 3)
     "Decode a picture to the native size. Raise `Refusal` if it is too large (413) or none (422)."
     claimed = claimed_pixels(data)
@@ -241,11 +242,13 @@ WITHOUT_KEY, EVENT = ('/healthz', '/readyz'), '/gradio_api/queue/join'
 PAGE = ('/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/assets/', '/static/', '/gradio_api/info', '/gradio_api/startup-events', '/gradio_api/heartbeat/',
         '/gradio_api/upload', '/gradio_api/upload_progress', EVENT, '/gradio_api/queue/data', '/gradio_api/file=')
 
+# %% ../nbs/A2_service.ipynb #478a9f24
 def is_page(path: str) -> bool:
     "Tell whether an address belongs to the page. Gradio opens more, among them one that fetches from other servers for a client; they stay shut."
     if path.startswith('/gradio_api/file=http'): return False
     return any(path == p or p != '/' and p[-1] in '/=' and path.startswith(p) for p in PAGE)
 
+# %% ../nbs/A2_service.ipynb #bafd5b84
 def given_key(headers) -> str:
     "Return the key that a request brings: as X-API-Key, as bearer token, or as password."
     kind, _, value = headers.get('authorization', '').partition(' ')
@@ -318,11 +321,13 @@ def upload_folder() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
+# %% ../nbs/A2_service.ipynb #85b23f93
 def is_upload(path) -> bool:
     "Tell whether a path is that of a file which was uploaded to the page, or which the page made."
     try: return Path(path).resolve().is_relative_to(upload_folder().resolve())
     except (OSError, ValueError, TypeError): return False
 
+# %% ../nbs/A2_service.ipynb #24f6cbb5
 def only_uploads(value):
     "Return an event of the page without addresses. Raise `Refusal` if it names a path that is no upload."
     if isinstance(value, list): return [only_uploads(v) for v in value]
@@ -330,6 +335,7 @@ def only_uploads(value):
     if value.get('path') is not None and not is_upload(value['path']): raise Refusal(422, 'The page takes uploads, and neither paths nor addresses.')
     return {k: only_uploads(v) for k, v in value.items() if k != 'url'}
 
+# %% ../nbs/A2_service.ipynb #e91b3ea9
 async def checked(receive):
     "Read an event of the page and return a `receive` that passes on what was found to be harmless. Raise `Refusal` for other events."
     data, more = b'', True
@@ -383,16 +389,19 @@ class Answer:
     top5: list[tuple[str, float]]  # the most probable classes
     uncertain: bool | None = None  # whether one class alone is plausible is in doubt; nothing if the model cannot tell
 
+# %% ../nbs/A2_service.ipynb #290a98cc
 @dataclass(frozen=True)
 class Failure:
     "What is wrong with a picture of several."
     error: str
 
+# %% ../nbs/A2_service.ipynb #0191e5fd
 @dataclass(frozen=True)
 class Problem:
     "Why there is no answer, in one sentence."
     detail: str
 
+# %% ../nbs/A2_service.ipynb #4e4cc589
 PROBLEMS = {400: 'the body cannot be read', 401: 'the key is missing or wrong', 408: 'the body arrived too slowly', 413: 'too many bytes, pixels or files',
             415: 'neither a form nor a picture', 422: 'no picture, or a damaged one', 429: 'full: Retry-After says for how long', 503: 'shutting down, or the model failed',
             504: 'no answer in time'}
@@ -408,6 +417,7 @@ def described(example, *bodies: str, field: str = 'file', schema: dict | None = 
                 for status, what in PROBLEMS.items()},
             'openapi_extra': {'requestBody': {'required': True, 'content': content}}}
 
+# %% ../nbs/A2_service.ipynb #1f8d9d9c
 def add_predictions(app, service: Service):
     "Add the endpoints that classify."
     from fastapi import Request
@@ -459,11 +469,13 @@ def worsen(pixels: np.ndarray, name: str | None, severity: int) -> np.ndarray:  
     "Return a picture with a corruption of chapter 12; as it is at severity 0."
     return corrupt(pixels[None], name, severity)[0] if name and severity else pixels
 
+# %% ../nbs/A2_service.ipynb #ca1e0004
 def enlarged(pixels: np.ndarray, side: int = 320) -> np.ndarray:
     "Return a picture whose pixels are repeated until it is about `side` wide."
     times = max(1, side // max(pixels.shape[:2]))
     return pixels.repeat(times, 0).repeat(times, 1)
 
+# %% ../nbs/A2_service.ipynb #cff4564b
 def overlay(model, pixels: np.ndarray, strength: float = 0.6) -> np.ndarray | None:  # uint8 (h, w, 3)
     "Return a picture under the attention of the model's last block, the mean over its heads; nothing for models without such."
     import matplotlib
@@ -504,6 +516,7 @@ def introduction(model) -> str:
     return (f'# What is in this picture?\nDrop one here, and a vision transformer (`{model.config["backbone"]}`) says which of {len(model.classes)} classes it shows: '
             f'{names}. It knows nothing else: a picture of something else gets one of these classes all the same.')
 
+# %% ../nbs/A2_service.ipynb #0befe927
 def create_page(service: Service):
     "Return the page of a service, as Gradio's blocks."
     import gradio as gr
@@ -524,6 +537,7 @@ def create_page(service: Service):
     picture.preprocess = lambda payload: payload and payload.path  # undecoded: `read_picture` decodes, within the limits
     return page
 
+# %% ../nbs/A2_service.ipynb #c73de054
 def _examples(model, picture):
     "Offer the pictures that came with the model, if there are any."
     import gradio as gr
@@ -543,6 +557,7 @@ def has_gradio() -> bool:
 
 STYLE = '.shown .image-frame { padding-top: 30px } [role=alert] { color: #b00020; font-weight: 600 }'  # no label over a picture
 
+# %% ../nbs/A2_service.ipynb #9ea91953
 def add_page(app, service: Service):
     "Put the page at / of a service, without anything that would be loaded from elsewhere."
     os.environ |= {'GRADIO_ANALYTICS_ENABLED': 'False', 'GRADIO_TEMP_DIR': str(upload_folder())}
@@ -561,6 +576,7 @@ def _extra():
         if (e.name or '').startswith('dinocls'): raise
         raise UserError(f"The service needs {e.name}: pip install 'dinocls[serve]'.") from None
 
+# %% ../nbs/A2_service.ipynb #d732dd9c
 def limits_from(given: dict) -> Limits:
     "Return limits with single ones changed, by numbers or texts. Raise `UserError` for an unknown one or no number."
     kinds = {f.name: f.type for f in fields(Limits)}
@@ -569,6 +585,7 @@ def limits_from(given: dict) -> Limits:
     try: return Limits(**{name: kinds[name](value) for name, value in given.items()})
     except ValueError as e: raise UserError(f'A limit of the service is not a number ({reason(e)}).') from None
 
+# %% ../nbs/A2_service.ipynb #7480dca9
 def create_app(model,  # a `ProductionModel`
                api_key: str = '',  # empty: everyone may ask
                page: bool = True,  # a page at /, where Gradio is installed
@@ -593,6 +610,7 @@ def create_app(model,  # a `ProductionModel`
         app.add_exception_handler(Exception, _failed)
     return app
 
+# %% ../nbs/A2_service.ipynb #2c92a4b6
 async def _failed(request, error):
     "Answer for a mistake of the service's own; the server logs it."
     from starlette.responses import JSONResponse
@@ -605,11 +623,13 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as e:
         raise UserError(f'Cannot listen on {host}, port {port} ({reason(e)}): choose another --port, or --host.') from None
 
+# %% ../nbs/A2_service.ipynb #7635774d
 def close(app):
     "Let nobody in any more, and end the page's open connections."
     app.state.service.batcher.closing = True
     if app.state.page: app.state.page.stop_event.set()
 
+# %% ../nbs/A2_service.ipynb #b4f78f23
 def serve(model, host: str = '127.0.0.1', port: int = 8000,  # 0: any that is free
           api_key: str = '', page: bool = True, **limits):
     "Serve a model until SIGINT or SIGTERM. Raise `UserError` if a library is missing, the port is taken or a limit makes no sense."
@@ -636,6 +656,7 @@ async def post(app, body: bytes) -> int:
     await app(scope, receive, send)
     return status[0]
 
+# %% ../nbs/A2_service.ipynb #310ea153
 async def load(app, bodies: list, clients: int, seconds: float) -> dict:
     "Let clients ask one after the other; return requests/s, their latency p50 and p99 in ms, and how many were not answered."
     times, failed, until = [], 0, time.perf_counter() + seconds
@@ -664,6 +685,7 @@ async def compare(model, bodies: list, seconds: float) -> list[dict]:
             for way, app in apps.items(): rows.append({'way': way} | await load(app, bodies, clients, seconds))
     return rows
 
+# %% ../nbs/A2_service.ipynb #3e980766
 @stage(reads=['benchmark_seconds'], after=[phase2_logits])
 def service_speed(cfg, folder):
     "Measure the service at rising concurrency, in batches and one by one."
