@@ -61,8 +61,9 @@ class Limits:
     def __post_init__(self):
         for f in fields(self):
             if not getattr(self, f.name) > 0: raise UserError(f'{f.name}={getattr(self, f.name)} of the service: it must be above 0.')
-        if self.max_count > self.max_queue:
-            raise UserError(f'max_count={self.max_count} of the service is more than max_queue={self.max_queue}: no such request could ever be answered.')
+        for less, more in (('max_count', 'max_queue'), ('max_bytes', 'max_memory')):
+            a, b = getattr(self, less), getattr(self, more)
+            if a > b: raise UserError(f'{less}={a} of the service is more than {more}={b}: such a request could never be answered.')
 
 # %% ../nbs/A2_service.ipynb #4e403ce1
 class Refusal(Exception):
@@ -341,7 +342,7 @@ async def checked(receive):
     data, more = b'', True
     while more:
         message = await receive()
-        data, more = data + message['body'], message.get('more_body', False)
+        data, more = data + message.get('body', b''), message.get('more_body', False)
         if len(data) > 2**20: raise Refusal(413, 'The event is too large: the page sends smaller ones.')
     try: event = only_uploads(json.loads(data))
     except (ValueError, RecursionError): raise Refusal(400, 'The event is not JSON.') from None
@@ -387,7 +388,7 @@ class Answer:
     confidence: float  # its probability
     probabilities: dict[str, float]  # class → probability
     top5: list[tuple[str, float]]  # the most probable classes
-    uncertain: bool | None = None  # whether one class alone is plausible is in doubt; nothing if the model cannot tell
+    uncertain: bool | None = None  # true: not exactly one class is plausible; null: the model cannot tell
 
 # %% ../nbs/A2_service.ipynb #290a98cc
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def test_body_limits_whatever_the_header_says(model):
 
 
 def test_bodies_of_all_requests_together_are_bounded(model):
-    app = create_app(model, page=False, max_memory=50_000)
+    app = create_app(model, page=False, max_memory=50_000, max_bytes=30_000)
     got = requests(app, [PNG + bytes(20_000)] * 8)
     assert {r.status_code for r in got} == {200, 429} and app.state.service.memory == 0
 
