@@ -11,6 +11,7 @@ import asyncio
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -65,9 +66,16 @@ def save(folder: Path, side: int, name: str, **changes) -> Path:
     return save_production(folder, classifier(cfg, 10).eval(), cfg, [str(i) for i in range(10)], {}, native=(side, side))
 
 
+def threads() -> int:
+    "Return how many threads a model gets: the clients need a core too."
+    from dinocls.core import cores
+    return max(1, cores() - 1)
+
+
 def start(folder: Path, way: str, file: Path) -> tuple:  # process, port or 0
     "Start a service, or a process that calls `predict`, and wait until it is ready."
-    process = subprocess.Popen([sys.executable, '-c', WORKER, str(folder), way, str(WAYS.get(way, 0)), str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, '-c', WORKER, str(folder), way, str(WAYS.get(way, 0)), str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {'OMP_NUM_THREADS': str(threads())})
     line = process.stdout.readline()
     return process, int(line.split()[0].rsplit(':', 1)[1]) if way in WAYS else 0
 
@@ -139,7 +147,6 @@ def main():
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--no-write', action='store_true')
     given = parser.parse_args()
-    import torch
     from dinocls.model import device, precision
     parts = []
     for kind in given.model or MODELS:
@@ -149,9 +156,9 @@ def main():
         print(parts[-1], flush=True)
     found, versions = core.hardware(), core.versions()
     head = ['# The service under load', '',
-            f'`python benchmarks/service.py`: {found["cpu"]}, {found["cores"]} cores{", " + found["gpu"] if "gpu" in found else ""}, torch {versions["torch"]}, {torch.get_num_threads()} threads; '
+            f'`python benchmarks/service.py`: {found["cpu"]}, {found["cores"]} cores{", " + found["gpu"] if "gpu" in found else ""}, torch {versions["torch"]}, {threads()} thread{"s" * (threads() > 1)} for the model; '
             f'{given.rounds} rounds of {given.seconds:g} s each. Medians over the rounds; ratios are taken within a round, their range in brackets. '
-            'Both services are the same code, but for the largest batch: 32 and 1. The clients run on the same cores as the service, and each waits for its answer before it asks again.', '']
+            'Both services are the same code, but for the largest batch: 32 and 1. The clients are a process on the same machine, and each waits for its answer before it asks again.', '']
     if not given.no_write: Path(__file__).with_suffix('.md').write_text('\n'.join(head) + '\n' + '\n\n'.join(parts) + '\n', encoding='utf-8')
 
 
