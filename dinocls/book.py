@@ -8,7 +8,7 @@ __all__ = ['CONTENTS', 'app', 'PresetOption', 'ConfigOption', 'SetOption', 'OutO
            'check_parameters', 'execute', 'tidy', 'smaller', 'chapter_digest', 'is_current', 'jobs', 'Job', 'launch',
            'parameters', 'urgency', 'Run', 'duration', 'Plain', 'Live', 'run_book', 'stages', 'short', 'write_pages',
            'settings', 'run', 'stage', 'list_', 'download', 'publish', 'served_path', 'find_pictures', 'predict',
-           'answer_line', 'overlay', 'export', 'bench', 'doctor', 'examine', 'colab_cells', 'as_source',
+           'answer_line', 'overlay', 'export', 'bench', 'serve', 'doctor', 'examine', 'colab_cells', 'as_source',
            'chapter_table', 'preset_table', 'sync', 'main']
 
 # %% ../nbs/15_book.ipynb #18cb4e19
@@ -666,6 +666,22 @@ def bench(model: ModelOption = None, backend: Annotated[list[str] | None, typer.
         for r in benchmark(served, None, sizes, seconds)['rows']:
             print(f'{served.backend:14} {r["input"]:7} {r["batch"]:5} {r["images_per_second"]:10,.1f} {r["p50_ms"]:9.2f} {r["p95_ms"]:9.2f} {r["p99_ms"]:9.2f}', flush=True)
     print(f'{served.config["backbone"]} at {served.config["image_size"]} px on {processor(served.device)}; {", ".join(f"{k} {v}" for k, v in core.versions().items())}')
+
+# %% ../nbs/15_book.ipynb #04fceb4e
+@app.command()
+def serve(folder: Annotated[Path | None, typer.Argument(help="production folder, stage folder or checkpoint; default: the run's production folder")] = None,
+          host: Annotated[str, typer.Option(help='address to listen on; 0.0.0.0: every one of this machine')] = '127.0.0.1',
+          port: Annotated[int, typer.Option(help='port to listen on; 0: any that is free')] = 8000,
+          api_key: Annotated[str, typer.Option(envvar='DINOCLS_API_KEY', help='what clients have to send; better set in the environment, where no list of processes shows it')] = '',
+          device: DeviceOption = 'auto', backend: BackendOption = 'auto',
+          page: Annotated[bool, typer.Option('--page/--no-page', help='a page for the browser, where Gradio is installed')] = True,
+          limit: Annotated[list[str] | None, typer.Option('--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None,
+          preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
+    "Answer over HTTP, until it is stopped."
+    from dinocls.inference import ProductionModel
+    from dinocls.service import serve as start
+    limits = core.parse_overrides(' '.join(core.shlex.quote(word) for word in limit or []))
+    start(ProductionModel(served_path(folder, settings(preset, config, set or [], out)), device, backend), host, port, api_key, page, **limits)
 
 # %% ../nbs/15_book.ipynb #2d7d0f96
 @app.command()
