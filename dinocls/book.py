@@ -400,6 +400,7 @@ def _run_locked(cfg: Config, chosen: list[Chapter], force: bool) -> int:
     if force: _forget(cfg, chosen)
     show = Live() if sys.stdout.isatty() else Plain()
     run = Run(cfg, chosen, show)
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from a scheduler
     try: well = run.go()
     except KeyboardInterrupt:
         print(f'\nStopped. What was done is kept in {short(cfg.folder)}; the same command goes on from there.')
@@ -551,10 +552,11 @@ def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOpt
 
 # %% ../nbs/15_book.ipynb #811a36ff
 @app.command()
-def publish(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
+def publish(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None,
+            study: Annotated[bool, typer.Option(help='try each ingredient by exchanging it, which takes longer than all else')] = True):
     "Pre-train one of the book's own backbones and put its weights into the package."
     from dinocls.pretrain import publish as make
-    print(f'{short(make(settings(preset, config, set or [], out)))} is written, and its record beside it.')
+    print(f'{short(make(settings(preset, config, set or [], out), study=study))} is written, and its record beside it.')
 
 # %% ../nbs/15_book.ipynb #2d7d0f96
 @app.command()
