@@ -294,19 +294,26 @@ def _poll(self):
     self.show.tick(self)
 
 # %% ../nbs/15_book.ipynb #8fa55b6c
-def _stop(self):
-    "End whatever still runs, and wait until it has ended."
+def _stop(self, patience: float = 20):  # seconds
+    "End whatever still runs: the kernels first, which may have a checkpoint to write, while their workers hold still."
     import psutil
-    family = []
+    family, end = [], time.time() + patience
     for job in self.running.values():
-        with contextlib.suppress(psutil.Error): family += [*psutil.Process(job.process.pid).children(recursive=True)]
-        job.process.terminate()
+        with contextlib.suppress(psutil.Error):
+            (worker := psutil.Process(job.process.pid)).suspend()  # a kernel without a parent gives up at once
+            family += worker.children(recursive=True)
     for p in family:
         with contextlib.suppress(psutil.Error): p.terminate()
-    _, alive = psutil.wait_procs(family, timeout=5)
-    for p in alive:
+    while time.time() < end and not all(map(_is_over, family)): time.sleep(0.05)
+    for p in family:
         with contextlib.suppress(psutil.Error): p.kill()
-    for job in self.running.values(): job.process.join()
+    for job in self.running.values(): job.process.kill(), job.process.join()
+
+def _is_over(process) -> bool:
+    "Tell whether a process has ended, collected by its parent or not."
+    import psutil
+    try: return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error: return True
 
 def _memory_mb(pid: int) -> float:
     "Return the resident memory of a process and its children, in MB."

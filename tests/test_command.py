@@ -174,6 +174,14 @@ def test_a_stopped_run_leaves_nothing_behind_and_goes_on(book, blow):
     assert again.returncode == 0 and '01_quick is current' in again.stdout and '02_slow done' in again.stdout
 
 
+def test_a_stopped_chapter_has_time_to_write(book):
+    ask = "import os, signal\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(3), Path('written').touch(), os._exit(1)))\n"
+    chapter(book, '01_slow', ask + SLOW)
+    process, _ = started(book, 'mark')
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130 and (book/'written').exists()
+
+
 def test_two_runs_do_not_share_a_folder(book):
     chapter(book, '01_slow', SLOW)
     process, _ = started(book, 'mark')
