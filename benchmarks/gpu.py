@@ -1,6 +1,6 @@
 """What a GPU gives with ViT-B/14 at 224 and random weights: its own limits, inference, training, memory, serving, and the wall time of the recipes.
 
-    python benchmarks/gpu.py [part …] [--minutes M] [--out FOLDER]     about 8 minutes on a data-centre GPU; needs no network
+    python benchmarks/gpu.py [part …] [--minutes M] [--out FOLDER]     writes outputs/gpu/gpu.md; needs no network
     python benchmarks/gpu.py --tiny                                    all parts at tiny size, on any machine, in seconds
 
 ceiling:    products of bf16 matrices and a copy within the GPU's memory: what everything else is held against.

@@ -6,8 +6,8 @@ The data are an image folder (train/<class>/…, test/<class>/…), an archive o
 as those of CIFAR-10's judges, go along. Wheels are installed into a folder of their own where papermill or lightly is missing. The steps, each of which a
 later call goes on with:
 
-1. plan:      an epoch of pre-training and one of phase 2 are timed, and as many are planned as fit; `--set pretrain_epochs=…` and `phase2_epochs=…` decide instead.
-2. pre-train: `dinocls publish` puts the backbone's weights into the package, unless they are there; --weights random does without.
+1. plan:      an epoch of pre-training and one of phase 2 are timed, and as many are planned as fit; `--set pretrain_epochs=…` and `--set phase2_epochs=…` decide instead.
+2. pre-train: `dinocls publish` puts the backbone's weights into the package, unless they are there; `--weights random` does without.
 3. run:       `dinocls run --preset cifar`, asked to stop before the time is over; chapters that read one that failed are left out, the report is not.
 
 Whatever happened, `--pack` then gets the record of the run (book.tar.gz: executed chapters, figures, tables, metrics), the weights and their record, and the
@@ -88,14 +88,14 @@ def epoch_seconds(cfg) -> dict:  # field → seconds
                                                              epochs=2, lr_backbone=cfg.lr_backbone, lr_head=cfg.lr_head, folder=tmp, on_epoch=on_epoch))}
 
 
-def plan(cfg, given: dict, file: Path) -> dict:  # fields that were given → further fields
-    "Choose how many epochs fit; a choice once made is kept, since a run has one configuration."
-    if file.exists(): return core.read_json(file)
-    if set(MINUTES) <= set(given): return {}
+def plan(cfg, given: dict, run: Path) -> dict:  # fields that were given → further fields
+    "Choose how many epochs fit; a run that has begun keeps what was chosen, since it has one configuration."
+    wanted = [field for field in MINUTES if field not in given]
+    if (run/'run.json').exists(): return {field: core.read_json(run/'run.json')['config'][field] for field in wanted}
+    if not wanted: return {}
     seconds = epoch_seconds(cfg)
-    chosen = {field: max(1, min(MOST[field], int(60 * MINUTES[field] / s))) for field, s in seconds.items() if field not in given}
-    print(f'plan: an epoch of pre-training takes {seconds["pretrain_epochs"]:.2f} s, one of phase 2 {seconds["phase2_epochs"]:.2f} s; ' + ', '.join(f'{k}={v}' for k, v in chosen.items()), flush=True)
-    core.write_json(file, chosen)
+    chosen = {field: max(1, min(MOST[field], int(60 * MINUTES[field] / seconds[field]))) for field in wanted}
+    print(f'An epoch of pre-training takes {seconds["pretrain_epochs"]:.2f} s, one of phase 2 {seconds["phase2_epochs"]:.2f} s: ' + ', '.join(f'{k}={v}' for k, v in chosen.items()), flush=True)
     return chosen
 
 
@@ -117,7 +117,6 @@ def dinocls(command: list, environment: dict, until: float) -> int | None:
 
 def inside(path: Path) -> str:
     "Return a path as it is written into records: relative to the project if it lies in it, so that it is the same everywhere."
-    path = path.expanduser().absolute()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
@@ -150,9 +149,16 @@ def pack(run: Path, target: Path, weights: Path, state_mb: float) -> list[str]: 
     return [f'{f.name}: {f.stat().st_size / 1e6:.1f} MB' for f in sorted(target.iterdir()) if f.is_file()] + [f'{inside(f)} is left out: {f.stat().st_size / 1e6:.1f} MB' for f in large]
 
 
+def copy_weights(source: Path, target: Path):
+    "Copy the backbone's weights and their record between folders, where they are missing."
+    for name in ('book-cifar.safetensors', 'book-cifar.json'):
+        if (source/name).is_file() and not (target/name).exists(): target.mkdir(parents=True, exist_ok=True); shutil.copyfile(source/name, target/name)
+
+
 def resume(folder: Path, run: Path):
     "Unpack what an earlier call packed, if there is no run folder."
     if run.exists(): return
+    if not (folder/'book.tar.gz').is_file(): raise UserError(f'{folder} does not hold what an earlier call packed: book.tar.gz is missing.')
     with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=run.parent) as tmp:
         with tempfile.TemporaryFile() as state:
             for piece in sorted(folder.glob('state.tar.gz.*')): state.write(piece.read_bytes())
@@ -164,38 +170,41 @@ def resume(folder: Path, run: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--data', type=Path, required=True, help='image folder, archive of one, or folder that holds the archive')
-    parser.add_argument('--wheels', type=Path, help='folder of wheels of what is missing')
-    parser.add_argument('--out', type=Path, default=ROOT/'outputs'/'cifar-gpu', help='run folder; what it takes beside that is in <run folder>-work')
-    parser.add_argument('--pack', type=Path, help='folder for what is worth keeping; <run folder>-work/pack unless given')
-    parser.add_argument('--resume', type=Path, help='what an earlier call packed')
+    place = lambda text: Path(text).expanduser().absolute()
+    parser.add_argument('--data', type=place, required=True, help='image folder, archive of one, or folder that holds the archive')
+    parser.add_argument('--wheels', type=place, help='folder of wheels of what is missing')
+    parser.add_argument('--out', type=place, default=ROOT/'outputs'/'cifar-gpu', help='run folder; what it takes beside that is in <run folder>-work')
+    parser.add_argument('--pack', type=place, help='folder for what is worth keeping; <run folder>-work/pack unless given')
+    parser.add_argument('--resume', type=place, help='what an earlier call packed')
     parser.add_argument('--minutes', type=float, default=9.5, help='end after so many')
     parser.add_argument('--weights', choices=('shipped', 'random'), default='shipped', help='what the backbone starts from')
     parser.add_argument('--set', action='append', default=[], metavar='field=value', help='change a field of the preset, may be repeated')
     parser.add_argument('--chapters', default='', help='which, as for dinocls run')
-    parser.add_argument('--state-mb', type=float, default=22, help='MB of stages to pack')
+    parser.add_argument('--state-mb', type=float, default=15, help='MB of stages to pack')
     args = parser.parse_args()
-    until, work, run = time.monotonic() + 60 * args.minutes - LAST, args.out.with_name(f'{args.out.name}-work'), args.out.absolute()
+    until, run, work = time.monotonic() + 60 * args.minutes - LAST, args.out, args.out.with_name(f'{args.out.name}-work')
     work.mkdir(parents=True, exist_ok=True)
     try: status = book(args, work, run, until)
     except UserError as e: sys.exit(f'gpu_book: {e}')
     finally:
         if run.exists(): print('\n'.join(pack(run, args.pack or work/'pack', core.shipped('book-cifar'), args.state_mb)))
-    print({0: 'All is done.', None: 'The time is over; the same command goes on.'}.get(status, 'Some chapters failed, see above; the same command tries them again.'))
+    print({0: 'All is done.', None: 'The time is over; the same command goes on.'}.get(status, 'Not all went well, see above; the same command tries again what failed.'))
     sys.exit(0 if status == 0 else 1)
 
 
 def book(args, work: Path, run: Path, until: float) -> int | None:  # 0: all went well; None: stopped
     "Take the steps."
+    package, kept = core.shipped('book-cifar').parent, work/'weights'  # a copy of the checkout made anew does not have them
+    for source in filter(None, (kept, args.resume)): copy_weights(source, package)
     if args.resume: resume(args.resume, run)
     environment = provide(args.wheels, work/'site')
-    fields = {'dataset': 'imagefolder', 'data_root': inside(unpacked(args.data, work/'data')), 'weights': '' if args.weights == 'shipped' else 'random'}
     given = {word.partition('=')[0]: word.partition('=')[2] for word in args.set}
-    fields |= given
+    fields = {'dataset': 'imagefolder', 'data_root': inside(unpacked(args.data, work/'data')), 'weights': '' if args.weights == 'shipped' else 'random'} | given
     os.chdir(ROOT)  # where data_root is meant from
-    if args.weights == 'shipped': fields |= plan(core.preset('cifar', **fields), given, work/'plan.json')
+    fields |= plan(core.preset('cifar', **fields), given, run)
     options = ['--preset', 'cifar', *(word for name, value in fields.items() for word in ('--set', f'{name}={value}')), '--out', inside(run)]
     if args.weights == 'shipped' and not core.shipped('book-cifar').is_file() and (status := dinocls(['publish', '--no-study', *options], environment, until)) != 0: return status
+    copy_weights(package, kept)
     status = dinocls(['run', *options, *(['--chapters', args.chapters] if args.chapters else [])], environment, until)
     if status == 1 and not args.chapters: dinocls(['run', *options, '--chapters', '14'], environment, until)  # what failed is 'not run' in it
     return status
