@@ -68,8 +68,8 @@ def unpacked(data: Path, folder: Path) -> Path:
     return folder
 
 
-def epoch_seconds(cfg) -> dict:  # field → seconds
-    "Time the second epoch of pre-training and of phase 2 on the training images."
+def epoch_seconds(cfg, steps: int = 16) -> dict:  # field → seconds
+    "Time some steps of pre-training and of phase 2 once they are warm, and return what an epoch takes."
     import torch
     from dinocls.data import load_dataset, on_device
     from dinocls.model import classifier, device
@@ -77,23 +77,28 @@ def epoch_seconds(cfg) -> dict:  # field → seconds
     from dinocls.train import fit
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken)
     cfg, index, where = replace(cfg, weights='random', pretrain_epochs=2), data.splits['train'], device(cfg)
-    train, val, labels = index[cfg.val_size:], index[:cfg.val_size], torch.from_numpy(data.labels)
-    def timed(training) -> float:
-        ends = []
-        with tempfile.TemporaryDirectory() as tmp: training(Path(tmp), lambda *_: ends.append(time.perf_counter()))
-        return ends[1] - ends[0]
-    images = on_device(data.images, train, where)
-    return {'pretrain_epochs': timed(lambda tmp, on_epoch: self_supervise(images, cfg, tmp, on_epoch=on_epoch)),
-            'phase2_epochs': timed(lambda tmp, on_epoch: fit(classifier(cfg, len(data.classes)), (data.images, data.labels, train), (on_device(data.images, val, where), labels[val].to(where)), cfg,
-                                                             epochs=2, lr_backbone=cfg.lr_backbone, lr_head=cfg.lr_head, folder=tmp, on_epoch=on_epoch))}
+    val, train, labels = index[:cfg.val_size], index[cfg.val_size:][:cfg.train_size or None], torch.from_numpy(data.labels)
+    def timed(size: int, training) -> float:
+        ends, some = [], train[:steps * size]
+        with tempfile.TemporaryDirectory() as tmp: training(some, Path(tmp), lambda *_: ends.append(time.perf_counter()))
+        return (ends[1] - ends[0]) * len(train) / len(some)
+    def pretraining(some, tmp, on_epoch): self_supervise(on_device(data.images, some, where), cfg, tmp, on_epoch=on_epoch)
+    def phase2(some, tmp, on_epoch):
+        fit(classifier(cfg, len(data.classes)), (data.images, data.labels, some), (on_device(data.images, val, where), labels[val].to(where)), cfg,
+            epochs=2, lr_backbone=cfg.lr_backbone, lr_head=cfg.lr_head, folder=tmp, on_epoch=on_epoch)
+    return {'pretrain_epochs': timed(cfg.pretrain_batch, pretraining), 'phase2_epochs': timed(cfg.batch_size, phase2)}
 
 
-def plan(cfg, given: dict, run: Path) -> dict:  # fields that were given → further fields
+def plan(cfg, given: dict, run: Path, until: float) -> dict:  # fields that were given → further fields
     "Choose how many epochs fit; a run that has begun keeps what was chosen, since it has one configuration."
     wanted = [field for field in MINUTES if field not in given]
     if (run/'run.json').exists(): return {field: core.read_json(run/'run.json')['config'][field] for field in wanted}
     if not wanted: return {}
+    def late(*_): raise UserError('The time was over before epochs were timed: set pretrain_epochs and phase2_epochs.')
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(1, until - time.monotonic()))
     seconds = epoch_seconds(cfg)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     chosen = {field: max(1, min(MOST[field], int(60 * MINUTES[field] / seconds[field]))) for field in wanted}
     print(f'An epoch of pre-training takes {seconds["pretrain_epochs"]:.2f} s, one of phase 2 {seconds["phase2_epochs"]:.2f} s: ' + ', '.join(f'{k}={v}' for k, v in chosen.items()), flush=True)
     return chosen
@@ -201,7 +206,7 @@ def book(args, work: Path, run: Path, until: float) -> int | None:  # 0: all wen
     given = {word.partition('=')[0]: word.partition('=')[2] for word in args.set}
     fields = {'dataset': 'imagefolder', 'data_root': inside(unpacked(args.data, work/'data')), 'weights': '' if args.weights == 'shipped' else 'random'} | given
     os.chdir(ROOT)  # where data_root is meant from
-    fields |= plan(core.preset('cifar', **fields), given, run)
+    fields |= plan(core.preset('cifar', **fields), given, run, until)
     options = ['--preset', 'cifar', *(word for name, value in fields.items() for word in ('--set', f'{name}={value}')), '--out', inside(run)]
     if args.weights == 'shipped' and not core.shipped('book-cifar').is_file() and (status := dinocls(['publish', '--no-study', *options], environment, until)) != 0: return status
     copy_weights(package, kept)
