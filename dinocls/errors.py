@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'confusion', 'pair_table', 'hard_pairs', 'border', 'confidence_summary', 'equal_mass_error',
-           'probability_scores', 'risk_coverage', 'conformal_sets', 'worst_errors', 'draw_answers', 'label_suspects',
-           'planted', 'judge_file', 'read_judges', 'original_order', 'side', 'verdicts', 'fault', 'judged_errors',
-           'other_labels']
+           'probability_scores', 'risk_coverage', 'conformal_threshold', 'conformal_sets', 'worst_errors',
+           'draw_answers', 'label_suspects', 'planted', 'judge_file', 'read_judges', 'original_order', 'side',
+           'verdicts', 'fault', 'judged_errors', 'other_labels']
 
 # %% ../nbs/10_errors.ipynb #52f84fe0
 from pathlib import Path
@@ -89,14 +89,17 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> dict:  # (n,) ea
     return {'coverage': n / len(n), 'risk': risk, 'aurc': float(risk.mean()), 'least': float((np.cumsum(np.sort(~right)) / n).mean())}
 
 # %% ../nbs/10_errors.ipynb #b0ac6754
-def conformal_sets(probabilities: np.ndarray,  # of the images to answer (n, classes)
-                   held_out: np.ndarray, held_labels: np.ndarray,  # probabilities (m, classes) and labels (m,) of others
-                   miss: float) -> np.ndarray:  # how often the true class may be missing, 0 … 1 → bool (n, classes)
-    "Return for each image the set of classes that holds the true one with probability 1 − `miss` or more."
+def conformal_threshold(held_out: np.ndarray, held_labels: np.ndarray,  # probabilities (m, classes) and labels (m,) of validation
+                        miss: float) -> float:  # how often the true class may be missing, 0 … 1
+    "Return the least probability of the classes that belong to a set."
     known = np.sort(held_out[np.arange(len(held_labels)), held_labels])[::-1]
     rank = int(np.ceil((len(known) + 1) * (1 - miss) - 1e-9))
-    enough = known[rank - 1] if rank <= len(known) else 0  # too few images to promise that much: all classes
-    return probabilities >= enough
+    return float(known[rank - 1]) if rank <= len(known) else 0.  # too few images to promise that much: all classes
+
+def conformal_sets(probabilities: np.ndarray,  # of the images to answer (n, classes)
+                   held_out: np.ndarray, held_labels: np.ndarray, miss: float) -> np.ndarray:  # bool (n, classes)
+    "Return for each image the set of classes that holds the true one with probability 1 − `miss` or more."
+    return probabilities >= conformal_threshold(held_out, held_labels, miss)
 
 # %% ../nbs/10_errors.ipynb #3b70ceb0
 def worst_errors(probabilities: np.ndarray, labels: np.ndarray, k: int = 10) -> np.ndarray:  # up to k indices

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from dinocls import ablation, core, phase1 as chapter5, train
-from dinocls.ablation import add_rows, cka, drift, ema_study, grid, holm, leave_rows, paired, summarise, turned_off
+from dinocls.ablation import add_rows, cka, drift, ema_study, grid, leave_rows, paired, summarise, turned_off
+from dinocls.probe import holm
 from dinocls.augment import label_loss, mixed_loss
 from dinocls.core import preset, variant
 from dinocls.data import load_split

@@ -195,3 +195,53 @@ def test_plain_papermill_runs_a_chapter_from_any_folder(tmp_path):
                             cwd=tmp_path, capture_output=True, text=True, env=environment())
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path/'run'/'02_augment'/'batch.png').exists() and (tmp_path/'out.ipynb').exists()
+
+
+# --- the commands that use a model
+
+
+@pytest.fixture(scope='module')
+def served(tmp_path_factory):
+    "A folder with a production folder and pictures."
+    from dinocls.inference import save_production
+    from dinocls.model import classifier
+    from PIL import Image
+    cfg, folder = core.preset('smoke'), tmp_path_factory.mktemp('served')
+    save_production(folder/'model', classifier(cfg, 10).eval(), cfg, [str(i) for i in range(10)], {})
+    (folder/'pictures'/'deeper').mkdir(parents=True)
+    for name, colour in (('a.png', 'red'), ('b.jpg', 'blue'), ('deeper/c.png', 'green')): Image.new('RGB', (40, 30), colour).save(folder/'pictures'/name)
+    (folder/'bad.png').write_text('no picture')
+    return folder
+
+
+def test_predict_files_folders_patterns(served, in_process):
+    done = in_process('predict', served/'pictures', f'{served}/pictures/**/*.png', served/'bad.png', served/'gone.png', '-m', served/'model', '--json')
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [Path(r['path']).name for r in lines] == ['a.png', 'b.jpg', 'c.png', 'a.png', 'c.png', 'bad.png', 'gone.png'] and done.returncode == 1
+    assert ['error' in r for r in lines] == [False] * 5 + [True] * 2 and all(len(r['top5']) == 5 for r in lines[:5])
+    done = in_process('predict', served/'pictures', '-m', served/'model', '--top', 3)
+    assert done.returncode == 0 and [line.count('%') for line in done.stdout.splitlines()] == [3, 3, 3]
+
+
+def test_predict_standard_input_and_attention(served, tmp_path):
+    with open(served/'pictures'/'a.png', 'rb') as picture:
+        done = subprocess.run([COMMAND, 'predict', '-', '-m', served/'model', '--attention', tmp_path/'seen.png'], stdin=picture, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0 and done.stdout.startswith('standard input: ') and (tmp_path/'seen.png').stat().st_size > 1000, done.stderr
+
+
+def test_mistakes_of_the_commands_get_one_sentence(served, tmp_path, in_process):
+    model = ('-m', served/'model')
+    (tmp_path/'empty').mkdir()
+    for args, parts in ((['predict', tmp_path/'empty', *model], ['empty', 'without pictures']), (['predict', served/'pictures', '-m', tmp_path/'none'], ['no production folder']),
+                        (['predict', served/'pictures', *model, '-b', 'onyx'], ['onyx', 'did you mean']), (['predict', served/'bad.png', *model, '--attention', tmp_path/'a.png'], ['no picture']),
+                        (['predict', served/'pictures', *model, '--attention', tmp_path/'a.xyz'], ['a.xyz']),
+                        (['export', 'onyx', *model], ['onyx', "did you mean 'onnx'"]), (['bench', *model, '--batch', 'many'], ['many']), (['bench', *model, '--batch', '0'], ['at least 1'])):
+        refused(in_process(*args), *parts)
+    assert not (tmp_path/'a.xyz').exists() and [p.name for p in tmp_path.iterdir()] == ['empty']
+
+
+def test_export_and_bench(served, tmp_path, in_process):
+    done = in_process('export', 'onnx', '--to', tmp_path/'model.onnx', '-m', served/'model')
+    assert done.returncode == 0 and 'uint8 (n, 3, 32, 32)' in done.stdout and (tmp_path/'model.onnx').stat().st_size > 1e5, done.stderr
+    done = in_process('bench', '-m', served/'model', '-b', 'torch', '-b', 'onnx', '--batch', '2', '--seconds', '0.1')
+    assert done.returncode == 0 and [line.split()[:3] for line in done.stdout.splitlines()[1:5]] == [[b, i, '2'] for b in ('torch', 'onnx') for i in ('pixels', 'png')], done.stdout

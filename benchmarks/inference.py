@@ -1,0 +1,104 @@
+"""Images a second of each backend beside PyTorch's eager fp32, from pixels and from JPEG files.
+
+    .venv/bin/python benchmarks/inference.py [model …] [--rounds N]     writes benchmarks/inference.md; about 10 minutes on 2 cores
+
+The models have random weights and a native size of 224, so that pictures are not shrunk first. Pixels: uint8 arrays of that size, through
+`ProductionModel.probabilities`. Files: JPEGs in memory, crops of photographs of 256 to 427 pixels, through `predict_batch`, which decodes the next
+batch while it computes one. The variants take turns in every round; the first warms up and is not counted; ratios are taken within a round.
+"""
+import argparse
+import io
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dinocls import core
+from dinocls.inference import BACKENDS, ProductionModel, fastest, processor, save_production, synchronise
+from dinocls.model import classifier
+
+SIZES, FILES = (1, 8, 32), 32
+
+
+def photographs(n: int) -> list[bytes]:
+    "Cut n pictures of various sizes out of photographs; return them as JPEG files."
+    from sklearn.datasets import load_sample_images
+    whole, rng, files = [Image.fromarray(a) for a in load_sample_images().images], np.random.default_rng(0), []
+    for i in range(n):
+        w, h = (int(v) for v in rng.integers(256, 428, 2))
+        x, y = (int(rng.integers(0, s - t + 1)) for s, t in zip(whole[i % 2].size, (w, h)))
+        whole[i % 2].crop((x, y, x + w, y + h)).save(file := io.BytesIO(), 'JPEG', quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def production(backbone: str, folder: Path) -> Path:
+    "Save an untrained model."
+    torch.manual_seed(0)
+    cfg = core.preset('reference', backbone=backbone, weights='random', precision='fp32')
+    return save_production(folder, classifier(cfg, 10).eval(), cfg, [str(i) for i in range(10)], {}, native=(224, 224))
+
+
+def rate(call, n: int, device) -> float:
+    "Return images a second of one call."
+    synchronise(device)
+    clock = time.perf_counter()
+    call()
+    synchronise(device)
+    return n / (time.perf_counter() - clock)
+
+
+def measure(backbone: str, rounds: int) -> tuple[dict, dict, str]:  # (variant, work) → images/s a round; what is lacking; what auto takes
+    "Let the backends take turns."
+    with tempfile.TemporaryDirectory() as tmp:
+        path, files, why, models = production(backbone, Path(tmp)/'p'), photographs(FILES), {}, {}
+        for name in BACKENDS:
+            try: models[name] = ProductionModel(path, 'auto', name)
+            except core.UserError as e: why[name] = str(e)
+        device, pixels = models['torch'].device, list(np.random.default_rng(0).integers(0, 256, (max(SIZES), 224, 224, 3), dtype=np.uint8))
+        work = {f'batch {b}': (lambda m, b=b: m.probabilities(pixels[:b]), b) for b in SIZES} | {'files': (lambda m: m.predict_batch(files, size=8), len(files))}
+        rates = {(name, w): [] for name in models for w in work}
+        for turn in range(rounds + 1):
+            for w, (call, n) in work.items():
+                names = list(models)
+                for name in names[turn % len(names):] + names[:turn % len(names)]:
+                    rates[name, w].append(rate(lambda: call(models[name]), n, device))
+                    print(f'{backbone}, {w}, round {turn}: {name} {rates[name, w][-1]:.3g} images/s', flush=True)
+        return {k: v[1:] for k, v in rates.items()}, why, fastest(models['torch'])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('models', nargs='*', default=['dinov2_vits14', 'dinov2_vitb14'])
+    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.md'))
+    args = parser.parse_args()
+    torch.set_num_threads(core.cores())
+    clock, lines, auto, why = time.perf_counter(), [], {}, {}
+    for backbone in args.models:
+        rates, why, auto[backbone] = measure(backbone, args.rounds)
+        works = list(dict.fromkeys(w for _, w in rates))
+        for name in dict.fromkeys(name for name, _ in rates):
+            cells = []
+            for w in works:
+                ratios = [a / b for a, b in zip(rates[name, w], rates['torch', w])]
+                cells.append(f'{median(rates[name, w]):.3g}' + ('' if name == 'torch' else f' ({median(ratios):.2f}×, {min(ratios):.2f} – {max(ratios):.2f})'))
+            lines.append(f'| {backbone} | {"torch, eager fp32" if name == "torch" else name}{" (auto)" if name == auto[backbone] else ""} | {" | ".join(cells)} |')
+    h, v = core.hardware(), core.versions()
+    import onnxruntime, openvino
+    text = ['# Inference, by backend', '',
+            f'{processor(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}, {h["memory_gb"]} GB, {torch.backends.cpu.get_cpu_capability()}; Python {v["python"]}, torch {v["torch"]}, timm {v["timm"]}, '
+            f'onnxruntime {onnxruntime.__version__}, openvino {openvino.__version__.split("-")[0]}. {args.rounds} rounds; it took {(time.perf_counter() - clock) / 60:.0f} minutes.', '',
+            'Images a second at 224 px, median over rounds; in brackets how many times as fast as eager fp32 in the same round, median and range. '
+            f'`files`: {FILES} JPEG files in batches of 8, decoded, cropped and scaled while the batch before is computed. `auto` takes the fastest at batches of 8 that keeps the predictions.', '',
+            f'| model | backend | {" | ".join(works)} |', f'|---|---|{"---|" * len(works)}', *lines, '',
+            *(f'- {name}: not measured. {reason}' for name, reason in why.items())]
+    with core.replacing(args.out) as out: out.write_text('\n'.join(text) + '\n', encoding='utf-8')
+    print('\n'.join(text))
+
+
+if __name__ == '__main__': main()
