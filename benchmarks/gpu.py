@@ -133,14 +133,17 @@ def pictures(n: int, side: tuple, kind: str) -> list[bytes]:
 
 
 def serve(size) -> dict:
-    "Measure a `ProductionModel` from pixels and from files."
+    "Measure a `ProductionModel` from pixels and from files, plain and compiled; pictures are decoded while the model works on those before."
     from dinocls.inference import ProductionModel, save_production
-    cfg, batch, rows = config(case(size, 1)), max(size['batches']), []
+    cfg, batch, rows, many = config(case(size, 1)), max(size['batches']), [], 4 * max(size['batches'])
+    inputs = {'pixels, 32×32': list(np.random.default_rng(0).integers(0, 256, (many, 32, 32, 3), dtype=np.uint8)),
+              'PNG, 32×32': pictures(many, (32, 32), 'PNG'), 'JPEG, 32×32': pictures(many, (32, 32), 'JPEG'), 'JPEG, 500×375': pictures(many, (500, 375), 'JPEG')}
     with tempfile.TemporaryDirectory() as tmp:
-        model = ProductionModel(save_production(Path(tmp)/'production', classifier(cfg, CLASSES), cfg, [f'class {i}' for i in range(CLASSES)], {}, (32, 32)), DEVICE.type)
-    inputs = {'pixels, 32×32': list(np.random.default_rng(0).integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)),
-              'PNG, 32×32': pictures(batch, (32, 32), 'PNG'), 'JPEG, 32×32': pictures(batch, (32, 32), 'JPEG'), 'JPEG, 500×375': pictures(batch, (500, 375), 'JPEG')}
-    for name, items in inputs.items(): rows.append({'input': name, 'batch': batch, 'rate': batch / seconds(lambda: model.predict_batch(items), size['seconds'])})
+        folder = save_production(Path(tmp)/'production', classifier(cfg, CLASSES), cfg, [f'class {i}' for i in range(CLASSES)], {}, (32, 32))
+        for backend in ('torch', 'compile')[:1 + size['compile']]:
+            try: model = ProductionModel(folder, DEVICE.type, backend)
+            except core.UserError as e: rows.append({'backend': backend, 'batch': batch, 'fails': str(e)}); continue
+            rows += [{'backend': backend, 'input': name, 'batch': batch, 'rate': many / seconds(lambda: model.predict_batch(items, size=batch), size['seconds'])} for name, items in inputs.items()]
     return {'rows': rows}
 
 
@@ -234,7 +237,7 @@ def report(found: dict) -> list[str]:
         peaks = {(r['phase'], r['batch']): f'{r["peak_mb"]:,} MB' for r in m['rows']}
         lines += [f'| {which} | ' + ' | '.join(peaks.get((which, b), 'too much') for b in size['memory']) + ' |' for which in (1, 2)]
     if s := found.get('serve'):
-        lines += ['', f'| served from, batch {s["rows"][0]["batch"]} | images/s | times the {REFERENCE} of the reference |', '|---|---|---|', *(f'| {r["input"]} | {number(r["rate"])} | {r["rate"] / REFERENCE:.3g} |' for r in s['rows'])]
+        lines += ['', f'| served from, batch {s["rows"][0]["batch"]} | images/s | times the {REFERENCE} of the reference |', '|---|---|---|', *(f'| {r["input"]}, {r["backend"]} | {number(r["rate"])} | {r["rate"] / REFERENCE:.3g} |' for r in s['rows'] if 'rate' in r)]
     return lines
 
 

@@ -84,7 +84,7 @@ def test_every_part_for_a_gpu_is_measured_and_told(tmp_path, monkeypatch):
         text = '\n'.join(gpu.report(found))  # also of what there is so far
     assert 'Not measured yet' not in text
     for row in ('inference, plain | 4', 'phase 1, dinocls | 2', 'phase 2, dinocls | 4'): assert f'| {row} |' in text
-    assert text.count('The recipe `') == 2 and '| JPEG, 500×375 |' in text and 'too much' not in text and 'fails here' in text
+    assert text.count('The recipe `') == 2 and '| JPEG, 500×375, torch |' in text and 'too much' not in text and 'fails here' in text
 
 
 def test_gpu_parts_end_in_time_and_count_operations(tmp_path):
