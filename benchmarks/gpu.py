@@ -15,6 +15,7 @@ fit into the minutes is left for the next call. At the end `gpu.md` is made of a
 """
 import argparse
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -106,6 +107,7 @@ def memory(size) -> dict:
     rows = []
     for which in (1, 2):
         for batch in size['memory']:
+            gc.collect()  # what is left of the step before
             if GPU: torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
             with contextlib.redirect_stdout(io.StringIO()) as said: train.ours(case(size, batch, variant='dinocls', phase=which) | {'lead': 1, 'steps': 1})(lambda: None)
             if 'memory ran out' in said.getvalue(): break
