@@ -185,7 +185,7 @@ def main():
     parser.add_argument('--weights', choices=('shipped', 'random'), default='shipped', help='what the backbone starts from')
     parser.add_argument('--set', action='append', default=[], metavar='field=value', help='change a field of the preset, may be repeated')
     parser.add_argument('--chapters', default='', help='which, as for dinocls run')
-    parser.add_argument('--state-mb', type=float, default=15, help='MB of stages to pack')
+    parser.add_argument('--state-mb', type=float, default=10, help='MB of stages to pack')
     args = parser.parse_args()
     until, run, work = time.monotonic() + 60 * args.minutes - LAST, args.out, args.out.with_name(f'{args.out.name}-work')
     work.mkdir(parents=True, exist_ok=True)
