@@ -80,7 +80,7 @@ def roll(rolled: Tensor | None,  # of the blocks before (b, tokens, tokens); Non
     "Take attention rollout one block further."
     mixed = weights.mean(1) + torch.eye(weights.shape[-1], device=weights.device)
     mixed = mixed / mixed.sum(-1, keepdim=True)
-    return mixed if rolled is None else mixed @ rolled
+    with torch.autocast(weights.device.type, enabled=False): return mixed if rolled is None else mixed @ rolled
 
 # %% ../nbs/11_attention.ipynb #2df61828
 def attention_distance(weights: Tensor,  # (b, heads, patches, patches), rows sum to 1

@@ -83,10 +83,16 @@ def _boxes(x: Tensor, area: Tensor, aspect: Tensor, generator) -> Tensor:
     return (rows >= top) & (rows < top + tall) & (cols >= left) & (cols < left + wide)
 
 # %% ../nbs/02_augment.ipynb #1bacc22d
+def _noise(x: Tensor, generator) -> Tensor:
+    "Draw a number for each value of a batch. A GPU draws by a generator of its own, which this one seeds, and waits for no copy."
+    if not x.is_cuda: return torch.rand(x.shape, generator=generator).to(x)
+    own = torch.Generator(x.device).manual_seed(torch.randint(2**62, (), generator=generator).item())
+    return torch.rand(x.shape, generator=own, device=x.device).to(x)
+
 def erase(x: Tensor, p: float, generator) -> Tensor:
     "Replace one random box of an image by noise, with probability p."
     box = _boxes(x, uniform(x, 0.02, 0.33, generator), uniform(x, -1.2, 1.2, generator).exp(), generator)
-    noise = torch.rand(x.shape, generator=generator).to(x)
+    noise = _noise(x, generator)
     return torch.where(box & (uniform(x, 0, 1, generator) < p), noise, x)
 
 # %% ../nbs/02_augment.ipynb #d587304e

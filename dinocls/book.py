@@ -296,19 +296,26 @@ def _poll(self):
     self.show.tick(self)
 
 # %% ../nbs/15_book.ipynb #8fa55b6c
-def _stop(self):
-    "End whatever still runs, and wait until it has ended."
+def _stop(self, patience: float = 20):  # seconds
+    "End whatever still runs: the kernels first, which may have a checkpoint to write, while their workers hold still."
     import psutil
-    family = []
+    family, end = [], time.time() + patience
     for job in self.running.values():
-        with contextlib.suppress(psutil.Error): family += [*psutil.Process(job.process.pid).children(recursive=True)]
-        job.process.terminate()
+        with contextlib.suppress(psutil.Error):
+            (worker := psutil.Process(job.process.pid)).suspend()  # a kernel without a parent gives up at once
+            family += worker.children(recursive=True)
     for p in family:
         with contextlib.suppress(psutil.Error): p.terminate()
-    _, alive = psutil.wait_procs(family, timeout=5)
-    for p in alive:
+    while time.time() < end and not all(map(_is_over, family)): time.sleep(0.05)
+    for p in family:
         with contextlib.suppress(psutil.Error): p.kill()
-    for job in self.running.values(): job.process.join()
+    for job in self.running.values(): job.process.kill(), job.process.join()
+
+def _is_over(process) -> bool:
+    "Tell whether a process has ended, collected by its parent or not."
+    import psutil
+    try: return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error: return True
 
 def _memory_mb(pid: int) -> float:
     "Return the resident memory of a process and its children, in MB."
@@ -402,6 +409,7 @@ def _run_locked(cfg: Config, chosen: list[Chapter], force: bool) -> int:
     if force: _forget(cfg, chosen)
     show = Live() if sys.stdout.isatty() else Plain()
     run = Run(cfg, chosen, show)
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, from a scheduler
     try: well = run.go()
     except KeyboardInterrupt:
         print(f'\nStopped. What was done is kept in {short(cfg.folder)}; the same command goes on from there.')
@@ -553,10 +561,11 @@ def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOpt
 
 # %% ../nbs/15_book.ipynb #811a36ff
 @app.command()
-def publish(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
+def publish(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None,
+            study: Annotated[bool, typer.Option(help='try each ingredient by exchanging it, which takes longer than all else')] = True):
     "Pre-train one of the book's own backbones and put its weights into the package."
     from dinocls.pretrain import publish as make
-    print(f'{short(make(settings(preset, config, set or [], out)))} is written, and its record beside it.')
+    print(f'{short(make(settings(preset, config, set or [], out), study=study))} is written, and its record beside it.')
 
 # %% ../nbs/15_book.ipynb #7da91cbc
 ModelOption = Annotated[Path | None, typer.Option('--model', '-m', help="production folder, stage folder or checkpoint; default: the run's production folder")]

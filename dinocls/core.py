@@ -7,10 +7,10 @@ __all__ = ['CHECKS', 'CHOICES', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAG
            'DataConfig', 'ModelConfig', 'AugmentConfig', 'TrainConfig', 'Phase1Config', 'Phase2Config', 'StudyConfig',
            'RunConfig', 'ViewConfig', 'PretrainConfig', 'Config', 'root', 'run_name', 'digest', 'file_digest', 'Preset',
            'preset', 'parse_overrides', 'format_overrides', 'replacing', 'as_os_error', 'write_json', 'read_json',
-           'open_run', 'version', 'configure', 'progress', 'Result', 'save_result', 'View', 'whole', 'variant',
-           'shipped', 'weights_digest', 'Stage', 'stage', 'run_stage', 'rank', 'stage_record', 'git_commit', 'versions',
-           'hardware', 'cores', 'cpu_name', 'peak_memory', 'run_stages', 'metric', 'wilson', 'write_metrics',
-           'read_metrics', 'write_history', 'subplots', 'save_figure', 'save_table']
+           'open_run', 'version', 'configure', 'progress', 'MissingPart', 'Result', 'save_result', 'View', 'whole',
+           'variant', 'shipped', 'weights_digest', 'Stage', 'stage', 'run_stage', 'rank', 'stage_record', 'git_commit',
+           'versions', 'hardware', 'cores', 'cpu_name', 'peak_memory', 'run_stages', 'metric', 'wilson',
+           'write_metrics', 'read_metrics', 'write_history', 'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
@@ -319,8 +319,8 @@ _SMOKE = _DIGITS | dict(train_size=200, val_size=100, test_size=100, batch_size=
                         pretrain_epochs=2, pretrain_batch=50)
 _QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, study_size=256, corruption_images=80, benchmark_seconds=0.5, pretrain_epochs=16)
 _CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32, batch_size=512,
-              phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=100, lr_backbone=1e-3, lr_head=1e-3, members=3,
-              lr_pairs=((1e-3, 1e-3), (1e-4, 1e-2), (1e-5, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3), (1e-4, 1e-3, 1e-2)))
+              phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=60, lr_backbone=1e-3, lr_head=1e-3, members=3, study_size=5000,
+              lr_pairs=((1e-2, 1e-2), (1e-4, 1e-2), (1e-3, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3, 1e-2), (1e-3, 1e-2)), pretrain_batch=512)
 _REFERENCE = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='dinov2_vitb14', image_size=224, batch_size=64,
                   precision='fp16', corruption_images=1000)
 _BEST = _REFERENCE | dict(corruption_images=2000, batch_size=256, precision='bf16', phase2_epochs=20, lr_backbone=1e-5, lr_head=1e-3, members=3)
@@ -496,15 +496,18 @@ def progress(stage: str,  # what runs
         print(f'\r{stage} {done}/{total} {note}'.ljust(78), end='' if done < total else '\n', flush=True)
 
 # %% ../nbs/00_core.ipynb #4da127b9
+class MissingPart(UserError, KeyError): "A stored result lacks a part, because an older version of the book made it."
+
 class Result(Mapping):
-    "What a stage returned, read from its folder when asked for."
+    "What a stage returned, read from its folder when asked for. Raise `MissingPart` for what is not in it."
     def __init__(self, folder): self.folder, self.record = Path(folder), read_json(Path(folder)/'run.json')
     def __iter__(self): return iter(self.record['parts'])
     def __len__(self): return len(self.record['parts'])
     def __repr__(self): return f'Result({self.folder.name}: {", ".join(self)})'
 
     def __getitem__(self, name):
-        kind = self.record['parts'][name]
+        kind = self.record['parts'].get(name)
+        if not kind: raise MissingPart(f'{self.folder} holds no {name!r}: it was made by another version of the book; delete that folder, or run with --force, to renew it.')
         if kind == 'json': return read_json(self.folder/'result.json')[name]
         if kind == 'array':
             with np.load(self.folder/'arrays.npz', allow_pickle=False) as f: return f[name]

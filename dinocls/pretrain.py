@@ -189,10 +189,13 @@ def pretrain_step(loop: Loop, forward, images: Tensor, generator, done: float):
     return loss.detach(), answers
 
 def random_mask(b: int, grid: tuple) -> Tensor:  # bool (b, rows, columns)
-    "Draw which patches are hidden: blocks of 10 to 50 % in half of the images, as DINOv2 does (lightly)."
+    "Draw which patches are hidden: blocks of 10 to 50 % in half of the images, as DINOv2 does (lightly); at least one patch."
+    least = min(0.5, max(0.1, 1.01 / math.prod(grid)))  # a share of less than a patch would be refused
     with _lightly():
         from lightly.models.utils import random_block_mask
-        return random_block_mask((b, *grid), min_num_masks_per_block=1)
+        mask = random_block_mask((b, *grid), min_image_mask_ratio=least, min_num_masks_per_block=1)
+    if not mask.any(): mask.view(-1)[random.randrange(mask.numel())] = True  # few images, and no block of theirs found room
+    return mask
 
 # %% ../nbs/A1_pretrain.ipynb #393e9008
 def pretrain_epoch(loop: Loop, forward, images: Tensor, epochs: int) -> dict:
@@ -340,20 +343,22 @@ def pretrain_study(cfg, folder):
     return {'rows': rows}
 
 # %% ../nbs/A1_pretrain.ipynb #417a79a4
-def publish(cfg, folder: Path | None = None) -> Path:  # None: the package's
+def publish(cfg, folder: Path | None = None,  # None: the package's
+            study: bool = True) -> Path:  # exchange each ingredient as well, which takes longer than all else
     "Pre-train, probe and study a backbone of the book's own, and write its weights and their record; return the weights' path."
     if not cfg.backbone.startswith('book-'): raise UserError(f'{cfg.backbone} is not one of the book\'s own backbones: publish book-digits or book-cifar.')
-    result, study = pretrain(cfg), pretrain_study(cfg)
+    result, rows = pretrain(cfg), pretrain_study(cfg)['rows'] if study else []
     file = Path(folder or core.shipped(cfg.backbone).parent)/f'{cfg.backbone}.safetensors'
     made = result.record
     probes = {'raw pixels': probe_features(pixels(cfg), cfg), 'random weights': probe_backbone(cfg, 'random'), 'shipped weights': pretrain_probe(cfg)}
     record = {'backbone': cfg.backbone, 'sha256': made['files']['weights.safetensors']['sha256'], 'command': command(cfg), 'seed': cfg.seed,
-              **{k: made[k] for k in ('config', 'versions', 'hardware', 'seconds')}, 'data': splits(cfg)['fingerprint'],
-              'probes': probe_rows(probes), 'history': result['history'], 'study': study['rows']}
+              'config': {k: v for k, v in made['config'].items() if k != 'data_root'}, **{k: made[k] for k in ('versions', 'hardware', 'seconds')},
+              'data': splits(cfg)['fingerprint'], 'probes': probe_rows(probes), 'history': result['history'], 'study': rows}
     with replacing(file) as tmp: tmp.write_bytes((result.folder/'weights.safetensors').read_bytes())
     write_json(file.with_suffix('.json'), record)
     return file
 
 def command(cfg) -> str:
-    "Return the command that makes a backbone's weights."
-    return ' '.join(['dinocls publish', f'--preset {cfg.preset}', *(f'--set {name}' for name in core.format_overrides(cfg).split())])
+    "Return the command that makes a backbone's weights, but for the folder of the data, which lies elsewhere on each machine."
+    fields = core.shlex.split(core.format_overrides(cfg))
+    return ' '.join(['dinocls publish', f'--preset {cfg.preset}', *(f'--set {core.shlex.quote(f)}' for f in fields if not f.startswith('data_root='))])

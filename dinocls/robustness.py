@@ -548,7 +548,7 @@ def _with_probes(cfg, parts: dict) -> dict:
     "Add what k-NN and the linear probe say of the features of sets, and stack the models."
     feats, labels = dict(features(cfg)), {s: load_split(cfg, s)[1].numpy() for s in ('train', 'val')}
     bank, done = torch.as_tensor(feats['train']).to(device(cfg)), {}
-    linear = linear_probe(feats['train'], labels['train'], feats['val'], labels['val'], np.concatenate([p['feats'] for p in parts.values()]))
+    linear = linear_probe(feats['train'], labels['train'], feats['val'], labels['val'], np.concatenate([p['feats'] for p in parts.values()]), where=device(cfg))
     start = 0
     for name, p in parts.items():
         p['knn_guess'], n = knn(bank, labels['train'], torch.as_tensor(p['feats']).to(bank.device), cfg.knn_k), len(p['feats'])

@@ -1,7 +1,9 @@
-"The benchmarks of training, as far as seconds go: every variant trains, a flipped bit is one bit, and the reports tell a difference."
+"The benchmarks, as far as seconds go: every variant trains, a flipped bit is one bit, every part for a GPU runs, and the reports tell a difference."
 import importlib.util
 import random
 import sys
+import tarfile
+import time
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ def script(name):
     return module
 
 
-train, faults = script('train'), script('faults')
+train, faults, gpu, gpu_book = (script(name) for name in ('train', 'faults', 'gpu', 'gpu_book'))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the loops of others would go to the GPU')
@@ -64,3 +66,61 @@ def test_a_difference_is_told():
     told = lambda weights: '\n'.join(faults.report([{'seed': 1, 'kills': 1, 'flips': 1, 'noted': 1, 'seconds': 9.0, 'whole': result('b'), 'killed': result(weights)}], [event], {}, 5, 60.0))
     assert 'different' not in told('b') and told('c').count('**different**') == 1
     assert '| phase2, epoch 4 | phase2, epoch 4, after step 1 | yes | phase2, epoch 3, after step 3 | 1 to 4 |' in told('b')
+
+
+def by_turns(case, phase):
+    "Stand in for `compare`, in this process; at the smaller batch the others fail."
+    epochs = {'dinocls': gpu.train.ours} | ({'tutorial': gpu.train.tutorial, 'timm': gpu.train.timms} if case['batch'] == 4 else {})
+    return {name: {'rates': [gpu.train.turn(epoch(c := case | {'variant': name, 'phase': phase}), c)['rate']], 'peak': 1.0} for name, epoch in epochs.items()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the tiny sizes are for a CPU')
+def test_every_part_for_a_gpu_is_measured_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.train, 'WORKERS', 0)
+    monkeypatch.setattr(gpu.train, 'compare', by_turns)
+    for part in gpu.PARTS:
+        gpu.measure(part, tmp_path, tiny=True)
+        found = {p: gpu.core.read_json(tmp_path/f'{p}.json') for p in gpu.PARTS if (tmp_path/f'{p}.json').exists()}
+        text = '\n'.join(gpu.report(found))  # also of what there is so far
+    assert 'Not measured yet' not in text
+    for row in ('inference, plain | 4', 'phase 1, dinocls | 2', 'phase 2, dinocls | 4'): assert f'| {row} |' in text
+    assert text.count('The recipe `') == 2 and '| JPEG, 500×375, torch |' in text and 'too much' not in text and 'fails here' in text
+
+
+def test_gpu_parts_end_in_time_and_count_operations(tmp_path):
+    assert round(gpu.gflop('dinov2_vitb14', 224), 1) == 46.3
+    clock = time.monotonic()
+    assert gpu.run(['ceiling'], tmp_path, True, clock) == ['ceiling'] and time.monotonic() - clock < 10
+
+
+def test_the_book_on_a_gpu_takes_its_data_from_an_archive(tmp_path):
+    for part in ('train', 'test'): (tmp_path/'pictures'/part/'cat').mkdir(parents=True)
+    (held := tmp_path/'held').mkdir()
+    with tarfile.open(held/'a.tar.xz', 'w:xz') as tar:
+        for part in ('train', 'test'): tar.add(tmp_path/'pictures'/part, part)
+    (held/'votes.npy').write_text('judges')
+    assert gpu_book.unpacked(tmp_path/'pictures', tmp_path/'none') == tmp_path/'pictures'
+    folder = gpu_book.unpacked(held, tmp_path/'data')
+    assert sorted(p.name for p in folder.iterdir()) == ['test', 'train', 'votes.npy'] and (folder/'train'/'cat').is_dir()
+    assert gpu_book.unpacked(held/'a.tar.xz', folder) == folder
+    with pytest.raises(gpu_book.UserError, match='nor holds one'): gpu_book.unpacked(tmp_path/'data'/'train', tmp_path/'other')
+
+
+def test_what_is_packed_goes_on(tmp_path, monkeypatch):
+    run = tmp_path/'run'
+    for name, seconds, size in (('quick', 1, 900_000), ('dear', 99, 900_000), ('large', 9999, 3_000_000)):
+        (stage := run/'stages'/name).mkdir(parents=True)
+        (stage/'weights').write_bytes(random.Random(name).randbytes(size))
+        gpu_book.core.write_json(stage/'run.json', {'seconds': seconds, 'files': {'weights': {'bytes': size}}})
+    for name, size in (('run.json', 2), ('05_phase1.ipynb', 10), ('05_phase1/huge.png', 600_000), ('html/page.html', 5)):
+        (run/name).parent.mkdir(exist_ok=True)
+        (run/name).write_bytes(bytes(size))
+    monkeypatch.setattr(gpu_book, 'PIECE', 200_000)
+    (weights := tmp_path/'w.safetensors').touch()
+    said = gpu_book.pack(run, tmp_path/'pack', weights, state_mb=1)
+    assert 'huge.png is left out: 0.6 MB' in said[-1] and len(list((tmp_path/'pack').glob('state.tar.gz.*'))) == 5 and (tmp_path/'pack'/'w.safetensors').exists()
+    kept = {p.relative_to(run).as_posix() for p in run.rglob('*') if p.is_file()} - {'05_phase1/huge.png', 'html/page.html', *(f'stages/{s}/{f}' for s in ('quick', 'large') for f in ('weights', 'run.json'))}
+    dear = (run/'stages'/'dear'/'weights').read_bytes()
+    gpu_book.shutil.rmtree(run)
+    gpu_book.resume(tmp_path/'pack', run)
+    assert {p.relative_to(run).as_posix() for p in run.rglob('*') if p.is_file()} == kept and (run/'stages'/'dear'/'weights').read_bytes() == dear

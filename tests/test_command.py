@@ -157,21 +157,29 @@ def wait(condition, seconds):
 SLOW = "from pathlib import Path\nimport time\nPath('mark').touch()\nwhile Path('mark').exists() and not Path('go').exists(): time.sleep(0.1)"
 
 
-@pytest.mark.parametrize('blow', [signal.SIGINT, signal.SIGKILL], ids=['ctrl-c', 'kill -9'])
+@pytest.mark.parametrize('blow', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=['ctrl-c', 'a scheduler', 'kill -9'])
 def test_a_stopped_run_leaves_nothing_behind_and_goes_on(book, blow):
     chapter(book, '01_quick', 'pass')
     chapter(book, '02_slow', SLOW, reads='`01_quick`')
     process, family = started(book, 'mark', 'outputs/smoke/stages/chapters/01_quick.json')
     process.send_signal(blow)
     said = process.communicate(timeout=30)[0]
-    assert process.returncode == (130 if blow == signal.SIGINT else -blow), said
+    assert process.returncode == (-blow if blow == signal.SIGKILL else 130), said
     wait(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family), 15)
     run = book/'outputs'/'smoke'
     assert not (run/'02_slow.ipynb').exists() and not list(run.glob('.*'))
-    if blow == signal.SIGINT: assert 'goes on from there' in said and 'Traceback' not in said
+    if blow != signal.SIGKILL: assert 'goes on from there' in said and 'Traceback' not in said
     (book/'go').touch()
     again = dinocls('run', '-p', 'smoke', env={'DINOCLS_HOME': book})
     assert again.returncode == 0 and '01_quick is current' in again.stdout and '02_slow done' in again.stdout
+
+
+def test_a_stopped_chapter_has_time_to_write(book):
+    ask = "import os, signal\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(3), Path('written').touch(), os._exit(1)))\n"
+    chapter(book, '01_slow', ask + SLOW)
+    process, _ = started(book, 'mark')
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130 and (book/'written').exists()
 
 
 def test_two_runs_do_not_share_a_folder(book):

@@ -57,6 +57,14 @@ def test_each_option_trains_reproducibly(tmp_path, options):
     assert same(runs[0]['weights'], runs[1]['weights']) and np.isfinite(runs[0]['history'][0]['loss'])
 
 
+@pytest.mark.parametrize('grid', [(1, 2), (2, 2), (4, 4)])
+def test_a_mask_hides_a_patch_however_few_there_are(grid):
+    pretrain.random.seed(0)
+    for _ in range(300):
+        mask = pretrain.random_mask(2, grid)
+        assert mask.shape == (2, *grid) and mask.any()
+
+
 def test_local_views_need_room():
     with pytest.raises(UserError, match='at least 4 patches wide; 16 pixels of book-digits are 2'):
         pretrain.draw_views(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), core.preset('smoke', image_size=16, local_views=1), torch.Generator(), 1.0)
@@ -88,7 +96,8 @@ def test_record_is_of_these_weights(name):
     assert core.file_digest(file) == record['sha256'] and record['seed'] == record['config']['seed']
     words = record['command'].split()
     assert words[:3] == ['dinocls', 'publish', '--preset']
-    cfg = core.preset(words[3], **core.parse_overrides(' '.join(w for w in words[4:] if w != '--set')))
+    given = core.parse_overrides(' '.join(w for w in words[4:] if w != '--set'))
+    cfg = core.preset(words[3], **given | ({'data_root': 'anywhere'} if given.get('dataset') == 'imagefolder' else {}))
     assert {k: getattr(cfg, k) for k in record['config']} == {k: tuple(v) if isinstance(v, list) else v for k, v in record['config'].items()}, \
         'the preset has changed since: publish the weights anew'
     if cfg.dataset == 'digits': assert record['data'] == load_dataset('digits').fingerprint
@@ -141,5 +150,8 @@ def test_publish_writes_weights_that_load(tmp_path, monkeypatch):
     file = pretrain.publish(cfg, tmp_path/'package')
     record = core.read_json(file.with_suffix('.json'))
     assert record['sha256'] == core.file_digest(file) and [r['variant'] for r in record['study']] == ['as shipped']
+    assert 'data_root' not in record['config'] and record['config']['pretrain_epochs'] == 1
+    again = core.read_json(pretrain.publish(cfg, tmp_path/'package', study=False).with_suffix('.json'))
+    assert again == record | {'study': []}
     body = model.backbone('book-digits', 32, str(file))
     assert all(torch.equal(v, body.state_dict()[k].half()) for k, v in weights(cfg).items())
