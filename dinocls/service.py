@@ -620,9 +620,11 @@ async def _failed(request, error):
 # %% ../nbs/A2_service.ipynb #b01a91f7
 def listen(host: str, port: int) -> socket.socket:
     "Return a socket that listens. Raise `UserError` if there is none to be had."
-    try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=1024)
+    try: made = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as e:
         raise UserError(f'Cannot listen on {host}, port {port} ({reason(e)}): choose another --port, or --host.') from None
+    # asyncio sends small packets at once only where the protocol is named; else each answer would wait 40 ms for the client's acknowledgement
+    return socket.socket(made.family, made.type, socket.IPPROTO_TCP, made.detach())
 
 # %% ../nbs/A2_service.ipynb #7635774d
 def close(app):
