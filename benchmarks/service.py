@@ -127,14 +127,15 @@ def measure(kind: str, seconds: float, rounds: int) -> dict:
 
 def table(kind: str, found: dict) -> str:
     "Return the report on a model."
+    number = lambda v: f'{v:,.0f}' if v >= 20 else f'{v:.1f}'
     rates = lambda key: [rate for rate, _ in found[key]]
     p99 = lambda key: median(late for _, late in found[key])
-    lines = [f'## {MODELS[kind][0]}', '', f'Bare calls of `predict`, one after the other, without a service: {median(rates("predict")):,.0f} answers/s, p99 {p99("predict"):,.0f} ms.', '',
+    lines = [f'## {MODELS[kind][0]}', '', f'Bare calls of `predict`, one after the other, without a service: {number(median(rates("predict")))} answers/s, p99 {p99("predict"):,.0f} ms.', '',
              '| clients | batches, answers/s | one by one, answers/s | times as many | times as many as bare calls | batches, p99 (ms) | one by one, p99 (ms) |', '|---|---|---|---|---|---|---|']
     for n in CLIENTS:
         a, b = ('batches', n), ('one by one', n)
         over, bare = ([x / y for x, y in zip(rates(a), other)] for other in (rates(b), rates('predict')))
-        lines.append(f'| {n} | {median(rates(a)):,.0f} | {median(rates(b)):,.0f} | **{median(over):.2f}** ({min(over):.2f} – {max(over):.2f}) | {median(bare):.2f} | {p99(a):,.0f} | {p99(b):,.0f} |')
+        lines.append(f'| {n} | {number(median(rates(a)))} | {number(median(rates(b)))} | **{median(over):.2f}** ({min(over):.2f} – {max(over):.2f}) | {median(bare):.2f} | {p99(a):,.0f} | {p99(b):,.0f} |')
     return '\n'.join(lines)
 
 
@@ -158,7 +159,8 @@ def main():
     head = ['# The service under load', '',
             f'`python benchmarks/service.py`: {found["cpu"]}, {found["cores"]} cores{", " + found["gpu"] if "gpu" in found else ""}, torch {versions["torch"]}, {threads()} thread{"s" * (threads() > 1)} for the model; '
             f'{given.rounds} rounds of {given.seconds:g} s each. Medians over the rounds; ratios are taken within a round, their range in brackets. '
-            'Both services are the same code, but for the largest batch: 32 and 1. The clients are a process on the same machine, and each waits for its answer before it asks again.', '']
+            'Both services are the same code, but for the largest batch: 32 and 1. The clients are a process on the same machine, and each waits for its answer before it asks again. '
+            'Batches save what a call costs beside the arithmetic: much where the model is small, nothing where one picture already keeps the processor busy.', '']
     if not given.no_write: Path(__file__).with_suffix('.md').write_text('\n'.join(head) + '\n' + '\n\n'.join(parts) + '\n', encoding='utf-8')
 
 

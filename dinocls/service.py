@@ -16,6 +16,7 @@ import atexit
 import base64
 import contextlib
 import functools
+import gc
 import hmac
 import importlib.util
 import io
@@ -639,6 +640,7 @@ def serve(model, host: str = '127.0.0.1', port: int = 8000,  # 0: any that is fr
     with _extra(): import uvicorn
     with listen(host, port) as listener:
         app = create_app(model, api_key, page, **limits)
+        gc.collect(), gc.freeze()  # else each full collection looks at all that the libraries made, for half a second in which nobody is answered
         config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, ws='none', lifespan='on',
                                 timeout_graceful_shutdown=math.ceil(2 * app.state.service.limits.timeout) + 5)
         class Server(uvicorn.Server):
