@@ -8,7 +8,7 @@ later call goes on with:
 
 1. plan:      an epoch of pre-training and one of phase 2 are timed, and as many are planned as fit; `--set pretrain_epochs=…` and `--set phase2_epochs=…` decide instead.
 2. pre-train: `dinocls publish` puts the backbone's weights into the package, unless they are there; `--weights random` does without.
-3. run:       `dinocls run --preset cifar`, asked to stop before the time is over; chapters that read one that failed are left out, the report is not.
+3. run:       `dinocls run --preset cifar`, asked to stop before the time is over; then the chapters that it skipped because one before them failed.
 
 Whatever happened, `--pack` then gets the record of the run (book.tar.gz: executed chapters, figures, tables, metrics), the weights and their record, and the
 results of the stages that took longest for their size (state.tar.gz in pieces), from which `--resume` goes on where the run folder is gone.
@@ -211,7 +211,8 @@ def book(args, work: Path, run: Path, until: float) -> int | None:  # 0: all wen
     if args.weights == 'shipped' and not core.shipped('book-cifar').is_file() and (status := dinocls(['publish', '--no-study', *options], environment, until)) != 0: return status
     copy_weights(package, kept)
     status = dinocls(['run', *options, *(['--chapters', args.chapters] if args.chapters else [])], environment, until)
-    if status == 1 and not args.chapters: dinocls(['run', *options, '--chapters', '14'], environment, until)  # what failed is 'not run' in it
+    skipped = [name for name, record in core.read_json(run/'book.json')['chapters'].items() if record['status'] == 'skipped'] if status == 1 else []
+    if skipped: dinocls(['run', *options, '--chapters', ','.join(skipped)], environment, until)  # a claim that does not hold costs its own chapter only
     return status
 
 

@@ -1,4 +1,4 @@
-"The benchmarks, as far as seconds go: every variant trains, a flipped bit is one bit, every part for a GPU runs, and the reports tell a difference."
+"The benchmarks, as far as seconds go: every variant trains, a flipped bit is one bit, every part for a GPU runs, others' answers are checked, and the reports tell a difference."
 import importlib.util
 import random
 import sys
@@ -124,3 +124,18 @@ def test_what_is_packed_goes_on(tmp_path, monkeypatch):
     gpu_book.shutil.rmtree(run)
     gpu_book.resume(tmp_path/'pack', run)
     assert {p.relative_to(run).as_posix() for p in run.rglob('*') if p.is_file()} == kept and (run/'stages'/'dear'/'weights').read_bytes() == dear
+
+
+def test_neighbours_are_compared_with_those_of_others(capsys):
+    knn = script('knn')
+    knn.main(1, 0.01)
+    text = capsys.readouterr().out
+    assert '100 random queries, 500 × 768 vectors' in text and 'scikit-learn, NearestNeighbors' in text and '| 30 |' in text
+    bank = torch.randn(50, 8).numpy()
+    with pytest.raises(AssertionError): knn.same(bank, bank[:5], torch.arange(5)[:, None].numpy(), torch.arange(5)[:, None].numpy() + 1)  # neighbours that are further off
+
+
+def test_photographs_are_jpegs_of_many_sizes():
+    from dinocls.data import decode
+    sizes = {decode(file).size for file in script('inference').photographs(6)}
+    assert len(sizes) == 6 and all(256 <= s < 428 for size in sizes for s in size)
