@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -417,8 +418,10 @@ def as_os_error():
 
 # %% ../nbs/00_core.ipynb #b558db05
 def write_json(path: Path, value):
-    "Write a value as indented JSON; floats that are not finite become null."
+    "Write a value as indented JSON, short lists and objects on one line; floats that are not finite become null."
     text = json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    def in_line(m): return m[1] + line + m[3] if len(line := re.sub(r'\n\s+', ' ', m[2])) < 300 else m[0]  # inside of a JSON string no line ends
+    text = re.sub(r'([\[{])\n\s+([^\[\]{}]*?)\n\s*([\]}])', in_line, text)
     with replacing(path) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
 
 def read_json(path: Path):
