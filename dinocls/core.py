@@ -330,7 +330,7 @@ _BEST = _REFERENCE | dict(corruption_images=2000, batch_size=256, precision='bf1
 PRESETS = {
     'smoke': Preset('tests: each chapter in seconds', '2 min for the book on 2 CPU cores, no network',
                     'every cell runs; the scores mean nothing', _SMOKE),
-    'quick': Preset('the embedded default: the whole book on real digits', '10 to 20 min on 2 CPU cores, no network',
+    'quick': Preset('the embedded default: the whole book on real digits', '15 min on 2 CPU cores, no network',
                     'a small ViT, pre-trained without labels: about 99 % on 360 test digits', _QUICK),
     'cifar': Preset('a real experiment without a model download', 'not measured yet; one GPU, CIFAR-10 download of 170 MB',
                     'not measured yet', _CIFAR),
