@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/faults.py [kills] [phase2_epochs]     writes benchmarks/faults.md; about 6 minutes on 2 cores
 
-`dinocls stage phase2 -p smoke` is killed by SIGKILL at random moments and started again until it ends: five times of six while a stage computes, else
-while it starts. If it ends before all kills are done, another round begins with another seed. After every fifth kill a random bit of the newest
+`dinocls stage phase2 -p smoke` is killed by SIGKILL at random moments and started again until it ends: five times of six after it has written a
+checkpoint, else while it starts. If it ends before all kills are done, another round begins with another seed. After every fifth kill a random bit of the newest
 checkpoint is flipped. Each round's weights and history are compared with those of a run of the same seed that nobody disturbed.
 """
 import argparse
@@ -25,7 +25,7 @@ from dinocls.data import Loader
 from dinocls.model import classifier
 from dinocls.train import Divided, load_checkpoint, save_checkpoint, start, train_epoch
 
-COMMAND, MINUTES, SPAN = str(Path(sys.executable).with_name('dinocls')), 0.01, 8.0  # minutes between checkpoints; seconds within which a kill comes
+COMMAND, MINUTES, SPAN = str(Path(sys.executable).with_name('dinocls')), 0.01, 3.0  # minutes between checkpoints; seconds within which a kill comes
 STEPS = 4  # an epoch of the preset smoke: 200 images in batches of 50
 
 
@@ -41,10 +41,14 @@ def begin(folder: Path, seed: int, epochs: int, stage: str = 'phase2'):
 def said(folder: Path) -> str: return folder.with_suffix('.log').read_text()
 
 
+def written(folder: Path) -> list[Path]:
+    "Return the checkpoints, the newest first."
+    return sorted((folder/'stages').glob('phase*.partial/checkpoint-*.pt'), reverse=True)
+
+
 def sound(folder: Path) -> list[Path]:
     "Return the checkpoints whose content is that of their names, the newest first."
-    found = sorted((folder/'stages').glob('phase*.partial/checkpoint-*.pt'), reverse=True)
-    return [c for c in found if core.file_digest(c).startswith(c.stem.rpartition('-')[2])]
+    return [c for c in written(folder) if core.file_digest(c).startswith(c.stem.rpartition('-')[2])]
 
 
 def place(checkpoint: Path) -> tuple[str, int, int]:  # stage, epochs done, steps of the next one done
@@ -64,10 +68,10 @@ def flip_bit(file: Path, chance: random.Random):
 
 def kill(process, folder: Path, chance: random.Random, start_up: float) -> dict | None:  # None: it ended before
     "Kill the training at a random moment; return where it was."
-    progress, clock = folder.with_suffix('.progress'), time.perf_counter()
+    progress, clock, before = folder.with_suffix('.progress'), time.perf_counter(), {*written(folder)}
     early, delay = chance.random() < 1 / 6, chance.random()
     if not early:
-        while not progress.exists() and process.poll() is None: time.sleep(0.01)
+        while {*written(folder)} <= before and process.poll() is None: time.sleep(0.01)
     try: process.wait(delay * (start_up if early else SPAN))
     except subprocess.TimeoutExpired: process.kill(), process.wait()
     if process.returncode >= 0: return None

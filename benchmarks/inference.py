@@ -60,6 +60,10 @@ def measure(backbone: str, rounds: int) -> tuple[dict, dict, str]:  # (variant, 
             try: models[name] = ProductionModel(path, 'auto', name)
             except core.UserError as e: why[name] = str(e)
         device, pixels = models['torch'].device, list(np.random.default_rng(0).integers(0, 256, (max(SIZES), 224, 224, 3), dtype=np.uint8))
+        alone = {name: [rate(lambda: m.probabilities(pixels[:1]), 1, device) for _ in range(3)][-1] for name, m in models.items()}
+        for name in [n for n in models if 3 * alone[n] < alone['torch']]:  # bf16 without units for it takes minutes
+            why[name] = f'One image at a time it is slower than a third of eager fp32 ({alone[name]:.2g} against {alone["torch"]:.2g} images/s).'
+            models.pop(name)
         work = {f'batch {b}': (lambda m, b=b: m.probabilities(pixels[:b]), b) for b in SIZES} | {'files': (lambda m: m.predict_batch(files, size=8), len(files))}
         rates = {(name, w): [] for name in models for w in work}
         for turn in range(rounds + 1):
@@ -96,7 +100,7 @@ def main():
             'Images a second at 224 px, median over rounds; in brackets how many times as fast as eager fp32 in the same round, median and range. '
             f'`files`: {FILES} JPEG files in batches of 8, decoded, cropped and scaled while the batch before is computed. `auto` takes the fastest at batches of 8 that keeps the predictions.', '',
             f'| model | backend | {" | ".join(works)} |', f'|---|---|{"---|" * len(works)}', *lines, '',
-            *(f'- {name}: not measured. {reason}' for name, reason in why.items())]
+            *(f'- {name}: not measured further. {reason}' for name, reason in why.items())]
     with core.replacing(args.out) as out: out.write_text('\n'.join(text) + '\n', encoding='utf-8')
     print('\n'.join(text))
 

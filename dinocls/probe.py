@@ -28,8 +28,9 @@ def _unit(x, what: str) -> torch.Tensor:  # float32 (n, dim), rows of length 1
     "Normalise the rows of a matrix. Raise `UserError` if it is none, or holds numbers that are not finite."
     x = torch.as_tensor(x).float()
     if x.ndim != 2: raise UserError(f'The {what} of a nearest-neighbour search must be a matrix (n, dim), not of shape {tuple(x.shape)}.')
-    if not torch.isfinite(x).all(): raise UserError(f'The {what} of a nearest-neighbour search hold numbers that are not finite.')
-    return F.normalize(x, dim=1)
+    norms = x.norm(dim=1, keepdim=True)
+    if not torch.isfinite(norms).all(): raise UserError(f'The {what} of a nearest-neighbour search hold numbers that are not finite.')
+    return x / norms.clamp(min=1e-12)
 
 # %% ../nbs/08_probe.ipynb #91c1b04f
 def _product(a, b, out=None):
@@ -43,7 +44,7 @@ def _search(bank, queries, k: int):  # unit rows of one type on one device → s
     group = max(1, min(64, math.isqrt(len(bank) // k)))
     wide = -(-min(4096, len(bank)) // group)  # groups in a chunk
     chunks = -(-len(bank) // (group * wide))
-    block = max(1, min(1024, len(queries), 2**25 // (chunks * group * wide)))  # 128 MiB of similarities
+    block = max(1, min(1024, len(queries), 2**26 // (chunks * group * wide)))  # 256 MiB of similarities
     products = bank.new_empty(block, chunks, group, wide)
     largest, found = bank.new_empty(block, chunks, wide), []
     for x in queries.split(block):
