@@ -337,7 +337,7 @@ def all_kinds(place):
     clear.info['transparency'] = bytes(range(4))
     half.putalpha(Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32).astype(np.uint8)))
     for name, image, more in (('a.png', rgb, {}), ('b.png', rgb.convert('P'), {}), ('c.png', half, {}), ('d.jpg', rgb.convert('CMYK'), {}),
-                              ('e.png', rgb.convert('LA'), {}), ('f.png', rgb.convert('1'), {}), ('g.gif', rgb, {}), ('h.webp', rgb, {}), ('i.bmp', rgb, {}), ('j.tif', rgb.convert('YCbCr'), {}),
+                              ('e.png', rgb.convert('LA'), {}), ('f.png', rgb.convert('1'), {}), ('g.gif', rgb, {}), ('h.webp', rgb, {}), ('i.bmp', rgb, {}), ('j.tif', rgb.convert('YCbCr'), {'compression': 'tiff_lzw'}),
                               ('k.jpg', rgb.transpose(Image.Transpose.ROTATE_90), {'exif': exif}), ('l.jpg', rgb.resize((64, 40)), {}), ('m.png', clear, {}), ('n.png', rgb.convert('L'), {}),
                               ('o.jpg', rgb.convert('L').resize((90, 44)).transpose(Image.Transpose.ROTATE_90), {'exif': exif}), ('p.tif', rgb.convert('CMYK').resize((20, 28)), {}),
                               ('q.png', Image.fromarray(np.asarray(rgb.convert('L')).astype(np.uint16) * 257), {}), ('r.webp', half.resize((37, 37)), {})):
