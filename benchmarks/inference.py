@@ -4,7 +4,7 @@
 
 The models have random weights and a native size of 224, so that pictures are not shrunk first. Pixels: uint8 arrays of that size, through
 `ProductionModel.probabilities`. Files: JPEGs in memory, crops of photographs of 256 to 427 pixels, through `predict_batch`, which decodes the next
-batch while it computes one. The variants take turns in every round; the first warms up and is not counted; ratios are taken within a round.
+batch while it computes one. The variants take turns in every round, after each has answered a batch of 1 and one of 8; ratios are taken within a round.
 """
 import argparse
 import io
@@ -52,11 +52,11 @@ def rate(call, n: int, device) -> float:
     return n / (time.perf_counter() - clock)
 
 
-def measure(backbone: str, rounds: int) -> tuple[dict, dict, str]:  # (variant, work) → images/s a round; what is lacking; what auto takes
+def measure(backbone: str, rounds: int, skip: list) -> tuple[dict, dict, str]:  # (variant, work) → images/s a round; what is lacking; what auto takes
     "Let the backends take turns."
     with tempfile.TemporaryDirectory() as tmp:
         path, files, why, models = production(backbone, Path(tmp)/'p'), photographs(FILES), {}, {}
-        for name in BACKENDS:
+        for name in [b for b in BACKENDS if b not in skip]:
             try: models[name] = ProductionModel(path, 'auto', name)
             except core.UserError as e: why[name] = str(e)
         device, pixels = models['torch'].device, list(np.random.default_rng(0).integers(0, 256, (max(SIZES), 224, 224, 3), dtype=np.uint8))
@@ -66,25 +66,27 @@ def measure(backbone: str, rounds: int) -> tuple[dict, dict, str]:  # (variant, 
             models.pop(name)
         work = {f'batch {b}': (lambda m, b=b: m.probabilities(pixels[:b]), b) for b in SIZES} | {'files': (lambda m: m.predict_batch(files, size=8), len(files))}
         rates = {(name, w): [] for name in models for w in work}
-        for turn in range(rounds + 1):
+        for m in models.values(): m.probabilities(pixels[:8])
+        for turn in range(rounds):
             for w, (call, n) in work.items():
                 names = list(models)
                 for name in names[turn % len(names):] + names[:turn % len(names)]:
                     rates[name, w].append(rate(lambda: call(models[name]), n, device))
                     print(f'{backbone}, {w}, round {turn}: {name} {rates[name, w][-1]:.3g} images/s', flush=True)
-        return {k: v[1:] for k, v in rates.items()}, why, fastest(models['torch'])
+        return rates, why, fastest(models['torch'])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', default=['dinov2_vits14', 'dinov2_vitb14'])
     parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--skip', nargs='*', default=[], help='backends to leave out')
     parser.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.md'))
     args = parser.parse_args()
     torch.set_num_threads(core.cores())
     clock, lines, auto, why = time.perf_counter(), [], {}, {}
     for backbone in args.models:
-        rates, why, auto[backbone] = measure(backbone, args.rounds)
+        rates, why, auto[backbone] = measure(backbone, args.rounds, args.skip)
         works = list(dict.fromkeys(w for _, w in rates))
         for name in dict.fromkeys(name for name, _ in rates):
             cells = []

@@ -589,7 +589,7 @@ def fastest(model) -> str:
     with contextlib.suppress(UserError, OSError): known = read_json(file) if file.exists() else {}
     if known.get(key) in BACKENDS and not lacking(known[key], model.device): return known[key]
     saved = model.examples() if model.path.is_dir() else None
-    images = torch.from_numpy(saved['images']) if saved else torch.randint(0, 256, (64, 3, *model.native), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(saved['images']) if saved else torch.randint(0, 256, (16, 3, *model.native), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = try_backends(model, images)
     best = max((name for name, f in found.items() if f['same_if_clear']), key=lambda name: found[name]['images_per_second'])
     with contextlib.suppress(UserError, OSError): write_json(file, known | {key: best})
