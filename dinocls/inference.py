@@ -570,8 +570,9 @@ def start_backend(model, name: str):
 CHOSEN = Path('~/.cache/dinocls/backends.json')
 
 def candidates(device: torch.device) -> list[str]:
-    "Return the backends that are worth a try: on a CPU, `compile` takes half a minute to start and is no faster (benchmarks/inference.md)."
-    return [name for name in BACKENDS if not (name == 'compile' and device.type == 'cpu')]
+    "Return the backends that are worth a try: on a CPU, `compile` takes half a minute to start and is no faster (benchmarks/inference.md), and bf16 without units for it takes five times as long."
+    slow = {'compile', *(() if getattr(torch.cpu, '_is_amx_tile_supported', bool)() else ('torch-bf16',))} if device.type == 'cpu' else {}
+    return [name for name in BACKENDS if name not in slow]
 
 def try_backends(model, images, batch: int = 8, seconds: float = 0.5) -> dict:  # images uint8 (n, 3, h, w); name → images/s, agreement
     "Time the backends that can be used here, and compare their answers with those of `torch`."
