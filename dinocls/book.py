@@ -7,8 +7,8 @@ __all__ = ['CONTENTS', 'app', 'PresetOption', 'ConfigOption', 'SetOption', 'OutO
            'BackendOption', 'Chapter', 'notebook_folder', 'read_chapter', 'seconds', 'chapters', 'choose',
            'check_parameters', 'execute', 'tidy', 'smaller', 'chapter_digest', 'is_current', 'jobs', 'Job', 'launch',
            'parameters', 'urgency', 'Run', 'duration', 'Plain', 'Live', 'run_book', 'stages', 'short', 'write_pages',
-           'settings', 'run', 'stage', 'list_', 'download', 'publish', 'served_path', 'find_pictures', 'predict',
-           'answer_line', 'overlay', 'export', 'bench', 'serve', 'doctor', 'examine', 'colab_cells', 'as_source',
+           'settings', 'run', 'stage', 'list_', 'download', 'publish', 'served_path', 'find_pictures', 'answer_line',
+           'overlay', 'predict', 'export', 'bench', 'serve', 'doctor', 'examine', 'colab_cells', 'as_source',
            'chapter_table', 'preset_table', 'sync', 'main']
 
 # %% ../nbs/15_book.ipynb #18cb4e19
@@ -595,6 +595,34 @@ def find_pictures(paths: list[str]) -> list:  # Path, or bytes of what came in
         else: found += [path] if path.exists() else sorted(Path(f) for f in glob.glob(str(path), recursive=True) if Path(f).is_file()) or [path]
     return found
 
+# %% ../nbs/15_book.ipynb #1bb9d98c
+def answer_line(name: str, found: dict, top: int) -> str:
+    "Return an answer as a line."
+    best = sorted(found['probabilities'].items(), key=lambda pair: -pair[1])[:top]
+    return f'{name}: ' + ', '.join(f'{c} {100 * p:.1f} %' for c, p in best) + (' (uncertain)' if found['uncertain'] else '')
+
+# %% ../nbs/15_book.ipynb #034b9c54
+def overlay(served, items: list, names: list, file: Path) -> Path:
+    "Draw the last block's mean attention and its heads over the first pictures that can be used. Raise `UserError` if there are none, or the file can't be written."
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import torch
+    from dinocls.attention import draw_maps, watched
+    from dinocls.inference import to_pixels
+    pictures = {}
+    for item, name in zip(items, names):
+        with contextlib.suppress(UserError): pictures[name] = to_pixels(item, served.native)
+        if len(pictures) == 12: break
+    if not pictures: raise UserError('There is no picture to draw attention over.')
+    shown = np.stack(list(pictures.values()))
+    heads = watched(served.model, torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous(), served.cfg, slice(-1, None))[0][:, 0]
+    answers = [a['prediction'] for a in served.answers(list(shown))]
+    maps = np.concatenate([heads.mean(1, keepdims=True), heads[:, :6]], 1)
+    fig = draw_maps(shown, maps, answers, ['mean', *(f'head {i + 1}' for i in range(maps.shape[1] - 1))], 'Where the last block looks')
+    with core.replacing(file) as tmp, core.as_os_error(): fig.savefig(tmp, format=file.suffix.lstrip('.') or 'png')
+    plt.close(fig)
+    return file
+
 # %% ../nbs/15_book.ipynb #a7b679af
 @app.command()
 def predict(paths: Annotated[list[str], typer.Argument(help='pictures, folders, patterns; - reads a picture from standard input')],
@@ -617,32 +645,6 @@ def predict(paths: Annotated[list[str], typer.Argument(help='pictures, folders, 
     if attention: print(f'{short(overlay(served, items, names, attention))} shows where the model looked.', file=sys.stderr)
     raise typer.Exit(1 if failed else 0)
 
-def answer_line(name: str, found: dict, top: int) -> str:
-    "Return an answer as a line."
-    best = sorted(found['probabilities'].items(), key=lambda pair: -pair[1])[:top]
-    return f'{name}: ' + ', '.join(f'{c} {100 * p:.1f} %' for c, p in best) + (' (uncertain)' if found['uncertain'] else '')
-
-def overlay(served, items: list, names: list, file: Path) -> Path:
-    "Draw the last block's mean attention and its heads over the first pictures that can be used. Raise `UserError` if there are none, or the file can't be written."
-    import matplotlib.pyplot as plt
-    import numpy as np
-    import torch
-    from dinocls.attention import draw_maps, watched
-    from dinocls.inference import to_pixels
-    pictures = {}
-    for item, name in zip(items, names):
-        with contextlib.suppress(UserError): pictures[name] = to_pixels(item, served.native)
-        if len(pictures) == 12: break
-    if not pictures: raise UserError('There is no picture to draw attention over.')
-    shown = np.stack(list(pictures.values()))
-    heads = watched(served.model, torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous(), served.cfg, slice(-1, None))[0][:, 0]
-    answers = [a['prediction'] for a in served.answers(list(shown))]
-    maps = np.concatenate([heads.mean(1, keepdims=True), heads[:, :6]], 1)
-    fig = draw_maps(shown, maps, answers, ['mean', *(f'head {i + 1}' for i in range(maps.shape[1] - 1))], 'Where the last block looks')
-    with core.replacing(file) as tmp, core.as_os_error(): fig.savefig(tmp, format=file.suffix.lstrip('.') or 'png')
-    plt.close(fig)
-    return file
-
 # %% ../nbs/15_book.ipynb #3fecd60a
 @app.command()
 def export(kind: Annotated[str, typer.Argument(help='onnx or onnx-int8')], to: Annotated[Path, typer.Option('--to', help='file to write')] = Path('model.onnx'), model: ModelOption = None,
@@ -656,6 +658,7 @@ def export(kind: Annotated[str, typer.Argument(help='onnx or onnx-int8')], to: A
     height, width = served.native
     print(f'{short(to)}: {to.stat().st_size / 1e6:.1f} MB; images uint8 (n, 3, {height}, {width}) to logits float32 (n, {len(served.classes)}); probabilities are softmax(logits / {served.temperature:.4g}).')
 
+# %% ../nbs/15_book.ipynb #67618dc4
 @app.command()
 def bench(model: ModelOption = None, backend: Annotated[list[str] | None, typer.Option('--backend', '-b', help='may be repeated; all that are there unless given')] = None,
           batch: Annotated[str, typer.Option('--batch', help='batch sizes')] = '1,8,32', seconds: Annotated[float, typer.Option('--seconds', help='time for each size')] = 1.0,
