@@ -561,7 +561,9 @@ def bf16_units() -> bool:
 def start_backend(model, name: str):
     "Return the function of uint8 images (n, 3, h, w) that gives logits. Raise `UserError` if the backend can't be used here."
     if why := lacking(name, model.device): raise UserError(f'The backend {name} {why}; auto takes one that is there.')
-    try: run = BACKENDS[name][0](model)
+    try:
+        run = BACKENDS[name][0](model)
+        run(torch.zeros(1, 3, *model.native, dtype=torch.uint8))  # what compiles or needs memory may fail only now
     except UserError: raise
     except Exception as e: raise UserError(f'The backend {name} cannot be started here ({reason(e)}); auto takes one that can.') from None
     return run
@@ -634,14 +636,11 @@ def backends(cfg, folder):
     for i, name in enumerate(names := candidates(model.device)):
         progress('backends', i, len(names), name)
         clock = time.perf_counter()
-        try:
-            run = start_backend(model, name)
-            run(images[:2])  # what compiles, compiles now
-            started = time.perf_counter() - clock
-            logits[name] = run(images)
-        except Exception as e:
-            why[name] = reason(e)
+        try: run = start_backend(model, name)
+        except UserError as e:
+            why[name] = str(e)
             continue
+        started, logits[name] = time.perf_counter() - clock, run(images)
         rows[name] = [{'started': started, **r} for r in measure_sizes(lambda batch: run(torch.stack(batch)), list(images[:32]), (1, 8, 32), cfg.benchmark_seconds / 2, model.device)]
     return {'names': list(rows), 'rows': rows, 'why': why, 'logits': np.stack(list(logits.values())), 'hardware': processor(model.device), 'temperature': model.temperature}
 

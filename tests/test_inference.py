@@ -243,11 +243,8 @@ def test_bad_items_are_isolated(model, tmp_path):
     refused(lambda: model.predict_batch(items, on_error='skip'), "on_error='skip'")
 
 
-def test_a_bad_item_stops_the_work_behind_it(model):
-    seen = []
-    def items():
-        for i in range(1000): seen.append(i); yield RGB if i != 3 else None
-    refused(lambda: model.predict_batch(items()), 'images[3]')
+def test_the_first_bad_item_of_many_batches_is_named(model):
+    refused(lambda: model.predict_batch((None if i in (70, 90) else RGB for i in range(200)), size=16), 'images[70]')
 
 
 # --- confidence and backends
@@ -300,12 +297,13 @@ def test_export_that_answers_otherwise_is_refused(model, tmp_path, monkeypatch):
 def test_auto_takes_no_backend_that_changes_predictions(saved, tmp_path, monkeypatch):
     from dinocls import inference
     def wrong(m): return lambda images: inference.in_torch(m)(images) + 10 * np.eye(10, dtype=np.float32)[3]
-    monkeypatch.setattr(inference, 'BACKENDS', {'torch': BACKENDS['torch'], 'wrong': (wrong, ('cpu',), ()), 'broken': (lambda m: 1 / 0, ('cpu',), ())})
+    monkeypatch.setattr(inference, 'BACKENDS', {'torch': BACKENDS['torch'], 'wrong': (wrong, ('cpu',), ()), 'broken': (lambda m: 1 / 0, ('cpu',), ()),
+                                            'late': (lambda m: lambda images: 1 / 0, ('cpu',), ())})
     monkeypatch.setattr(inference, 'CHOSEN', tmp_path/'chosen.json')
     assert ProductionModel(saved, 'cpu', 'auto').backend == 'torch'
     (tmp_path/'chosen.json').write_text('{')
     assert ProductionModel(saved, 'cpu', 'auto').backend == 'torch'  # a damaged memory is made anew
-    refused(lambda: ProductionModel(saved, 'cpu', 'broken'), 'cannot be started here')
+    for name in ('broken', 'late'): refused(lambda: ProductionModel(saved, 'cpu', name), 'cannot be started here')
     refused(lambda: ProductionModel(saved, 'cpu', 'onyx'), "no backend 'onyx'")
 
 
