@@ -10,7 +10,8 @@ __all__ = ['CHECKS', 'CHOICES', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAG
            'open_run', 'version', 'configure', 'progress', 'MissingPart', 'Result', 'save_result', 'View', 'whole',
            'variant', 'shipped', 'weights_digest', 'Stage', 'stage', 'run_stage', 'rank', 'stage_record', 'git_commit',
            'versions', 'hardware', 'cores', 'cpu_name', 'peak_memory', 'run_stages', 'metric', 'wilson',
-           'write_metrics', 'read_metrics', 'write_history', 'subplots', 'save_figure', 'save_table']
+           'write_metrics', 'read_metrics', 'write_history', 'claim', 'Claims', 'write_claims', 'read_claims',
+           'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
@@ -835,6 +836,30 @@ def read_metrics(cfg: Config) -> list[dict]:
 def write_history(cfg: Config, chapter: str, rows: list[dict]):
     "Write a training curve into a chapter's folder of the run, one line of JSON an epoch."
     with replacing(cfg.folder/chapter/'history.jsonl') as tmp: tmp.write_text(''.join(json.dumps(_plain(row)) + '\n' for row in rows), encoding='utf-8')
+
+# %% ../nbs/00_core.ipynb #6bb5a72e
+def claim(text: str,  # what is expected, in a sentence
+          holds: bool | None,  # whether this run shows it; None: it can't tell
+          evidence: str) -> dict:  # the numbers behind it
+    "Return one claim about a run."
+    return {'claim': text, 'holds': None if holds is None else bool(holds), 'evidence': evidence}
+
+class Claims(list):
+    "A chapter's claims, shown with ✓, ✗ or ? and their evidence."
+    def _repr_markdown_(self):
+        marks = {True: '✓', False: '✗', None: '?'}
+        return '\n'.join(f'- {marks[c["holds"]]} {c["claim"]} — {c["evidence"]}' for c in self)
+
+# %% ../nbs/00_core.ipynb #2104c76e
+def write_claims(cfg: Config, chapter: str,  # as in '05_phase1'
+                 rows: list[dict]) -> Claims:
+    "Write a chapter's claims into its folder of the run, and return them for display."
+    write_json(cfg.folder/chapter/'claims.json', rows)
+    return Claims(rows)
+
+def read_claims(cfg: Config) -> dict:  # chapter → claims
+    "Read the claims of all chapters of a run."
+    return {file.parent.name: Claims(read_json(file)) for file in sorted(cfg.folder.glob('*/claims.json'))}
 
 # %% ../nbs/00_core.ipynb #2a679897
 def subplots(rows: int = 1, cols: int = 1,
