@@ -9,9 +9,9 @@ __all__ = ['CHECKS', 'CHOICES', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAG
            'preset', 'parse_overrides', 'format_overrides', 'replacing', 'as_os_error', 'write_json', 'read_json',
            'open_run', 'version', 'configure', 'progress', 'MissingPart', 'Result', 'save_result', 'View', 'whole',
            'variant', 'shipped', 'weights_digest', 'Stage', 'stage', 'run_stage', 'rank', 'stage_record', 'git_commit',
-           'versions', 'hardware', 'cores', 'cpu_name', 'peak_memory', 'run_stages', 'metric', 'wilson',
-           'write_metrics', 'read_metrics', 'write_history', 'claim', 'Claims', 'write_claims', 'read_claims',
-           'subplots', 'save_figure', 'save_table']
+           'versions', 'hardware', 'cores', 'cpu_name', 'instruction_sets', 'peak_memory', 'recall', 'remember',
+           'run_stages', 'metric', 'wilson', 'write_metrics', 'read_metrics', 'write_history', 'claim', 'Claims',
+           'write_claims', 'read_claims', 'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
@@ -698,9 +698,9 @@ def versions() -> dict:
 
 # %% ../nbs/00_core.ipynb #f3871718
 def hardware() -> dict:
-    "Return the processor, its cores and memory, and the accelerator if torch is loaded and sees one."
+    "Return the processor, its instruction sets, cores and memory, and the accelerator if torch is loaded and sees one."
     import psutil
-    found = {'cpu': cpu_name(), 'cores': cores(), 'memory_gb': round(psutil.virtual_memory().total / 2**30, 1), 'system': platform.system()}
+    found = {'cpu': cpu_name(), 'instructions': instruction_sets(), 'cores': cores(), 'memory_gb': round(psutil.virtual_memory().total / 2**30, 1), 'system': platform.system()}
     torch = sys.modules.get('torch')
     if torch and torch.cuda.is_available():
         found |= {'gpu': torch.cuda.get_device_name(), 'gpu_memory_gb': round(torch.cuda.mem_get_info()[1] / 2**30, 1)}
@@ -711,13 +711,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 # %% ../nbs/00_core.ipynb #4fbca008
+def _cpuinfo(entry: str) -> str:
+    "Return the first value of an entry of /proc/cpuinfo; empty where there is none."
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith(entry): return line.partition(':')[2].strip()
+    return ''
+
 def cpu_name() -> str:
     "Return the processor's model name."
-    try:
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'): return line.partition(':')[2].strip()
-    except OSError: pass
-    return platform.processor() or platform.machine()
+    return _cpuinfo('model name') or platform.processor() or platform.machine()
+
+def instruction_sets() -> str:
+    "Return those of the processor's instruction sets that decide how fast matrices are multiplied, and how they are rounded; empty where unknown."
+    telling = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_int8', 'amx_bf16', 'amx_fp16', 'asimd', 'bf16', 'i8mm', 'sve')
+    return ' '.join(sorted(set(telling) & {*_cpuinfo('flags').split(), *_cpuinfo('Features').split()}))
 
 # %% ../nbs/00_core.ipynb #d3cac14f
 def peak_memory() -> dict:
@@ -733,6 +741,25 @@ def _peak_resident() -> int:
     try: import resource
     except ImportError: return __import__('psutil').Process().memory_info().peak_wset  # Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+
+# %% ../nbs/00_core.ipynb #840e5b77
+def _memory(what: str) -> Path:
+    "Return the file in which answers to a question are remembered: in $XDG_CACHE_HOME, else in ~/.cache."
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'dinocls'/f'{what}.json'
+
+def recall(what: str,  # the question, as in 'compile'
+           key: str):  # what the answer depends on
+    "Return what was remembered, or None."
+    with contextlib.suppress(UserError, OSError, RuntimeError, AttributeError): return read_json(_memory(what)).get(key)
+
+def remember(what: str, key: str, answer):  # JSON
+    "Keep an answer, and return it."
+    with contextlib.suppress(UserError, OSError, RuntimeError, TypeError):  # no home, no space, a damaged file
+        file = _memory(what)
+        try: known = read_json(file)
+        except UserError: known = {}
+        write_json(file, known | {key: answer})
+    return answer
 
 # %% ../nbs/00_core.ipynb #031224ff
 def run_stages(stage: Stage, cfgs: list[Config],

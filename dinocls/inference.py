@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MISS', 'FORMAT', 'FILES', 'EXAMPLES', 'CARD', 'PREPROCESSING', 'KINDS', 'EXPORTS', 'GPU_PROVIDERS', 'BACKENDS',
-           'CHOSEN', 'calibrate', 'describe', 'check_description', 'rebuild', 'model_card', 'save_production',
-           'read_production', 'load_production', 'load_trained', 'load_model', 'from_array', 'to_pixels', 'as_png',
-           'synchronise', 'measure', 'measure_sizes', 'processor', 'benchmark', 'answer', 'as_batch', 'batch_pixels',
-           'ahead', 'scaled', 'agreement', 'ProductionModel', 'predict_batch', 'examples', 'Prepared', 'export_onnx',
-           'silent', 'session', 'quantise', 'exported', 'in_torch', 'compiled', 'in_openvino', 'lacking', 'bf16_units',
+           'calibrate', 'describe', 'check_description', 'rebuild', 'model_card', 'save_production', 'read_production',
+           'load_production', 'load_trained', 'load_model', 'from_array', 'to_pixels', 'as_png', 'synchronise',
+           'measure', 'measure_sizes', 'processor', 'benchmark', 'answer', 'as_batch', 'batch_pixels', 'ahead',
+           'scaled', 'agreement', 'ProductionModel', 'predict_batch', 'examples', 'Prepared', 'export_onnx', 'silent',
+           'session', 'quantise', 'exported', 'in_torch', 'compiled', 'in_openvino', 'lacking', 'bf16_units',
            'start_backend', 'candidates', 'try_backends', 'fastest', 'production', 'served', 'inference_speed',
            'backends', 'backend_table']
 
@@ -33,12 +33,12 @@ from torch import Tensor
 
 from . import core
 from .augment import MEAN, STD, prepare
-from .core import (CHOICES, Config, UserError, cores, cpu_name, digest, file_digest, nearest, progress, read_json, reason, replacing, stage, version,
-                          versions, whole, wilson, write_json)
+from .core import (CHOICES, Config, UserError, cores, cpu_name, digest, file_digest, nearest, progress, read_json,
+                          reason, recall, remember, replacing, stage, version, versions, whole, wilson, write_json)
 from .data import decode, load_dataset, load_split, splits, to_rgb
 from .ensemble import fit_temperature
 from .errors import conformal_threshold
-from .model import BACKBONES, Classifier, backbone, head, infer, precision
+from .model import BACKBONES, Classifier, backbone, bf16_gain, head, infer, precision
 from .model import device as find_device
 from .phase2 import mcnemar, phase2, phase2_logits, phase2_model
 from .train import classification_metrics
@@ -569,17 +569,16 @@ def start_backend(model, name: str):
     return run
 
 # %% ../nbs/13_inference.ipynb #11bf35d3
-CHOSEN = Path('~/.cache/dinocls/backends.json')
-
-def candidates(device: torch.device) -> list[str]:
-    "Return the backends that are worth a try: on a CPU, `compile` takes half a minute to start and is no faster (benchmarks/inference.md), and bf16 without units for it takes five times as long."
-    slow = {'compile', *(() if getattr(torch.cpu, '_is_amx_tile_supported', bool)() else ('torch-bf16',))} if device.type == 'cpu' else {}
+def candidates(model) -> list[str]:
+    "Return the backends that are worth a try: on a CPU, `compile` takes half a minute to start and is no faster (benchmarks/inference.md), and bf16 may take five times as long as fp32."
+    if model.device.type != 'cpu': return [*BACKENDS]
+    slow = {'compile'} if bf16_gain(model.cfg.backbone, model.cfg.image_size) > 1 else {'compile', 'torch-bf16'}
     return [name for name in BACKENDS if name not in slow]
 
 def try_backends(model, images, batch: int = 8, seconds: float = 0.5) -> dict:  # images uint8 (n, 3, h, w); name → images/s, agreement
     "Time the backends that can be used here, and compare their answers with those of `torch`."
     expected, found = scaled(in_torch(model)(images), model.temperature), {}
-    for name in candidates(model.device):
+    for name in candidates(model):
         with contextlib.suppress(UserError):
             run = start_backend(model, name)
             found[name] = agreement(scaled(run(images), model.temperature), expected, 0.01) | measure(run, images[:batch], seconds, model.device)
@@ -587,16 +586,14 @@ def try_backends(model, images, batch: int = 8, seconds: float = 0.5) -> dict:  
 
 def fastest(model) -> str:
     "Return the fastest backend that keeps the predictions, from what was measured before, or by measuring."
-    file, key = CHOSEN.expanduser(), ', '.join((model.digest[:16], processor(model.device), *(f'{k} {v}' for k, v in versions().items())))
-    known = {}
-    with contextlib.suppress(UserError, OSError): known = read_json(file) if file.exists() else {}
-    if known.get(key) in BACKENDS and not lacking(known[key], model.device): return known[key]
+    key = ', '.join((model.digest[:16], processor(model.device), *(f'{k} {v}' for k, v in versions().items())))
+    known = recall('backends', key)
+    if known in BACKENDS and not lacking(known, model.device): return known
     saved = model.examples() if model.path.is_dir() else None
     images = torch.from_numpy(saved['images']) if saved else torch.randint(0, 256, (16, 3, *model.native), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = try_backends(model, images)
     best = max((name for name, f in found.items() if f['same_if_clear']), key=lambda name: found[name]['images_per_second'])
-    with contextlib.suppress(UserError, OSError): write_json(file, known | {key: best})
-    return best
+    return remember('backends', key, best)
 
 # %% ../nbs/13_inference.ipynb #849c263d
 def production(cfg) -> Path:
@@ -633,7 +630,7 @@ def inference_speed(cfg, folder):
 def backends(cfg, folder):
     "Score and time the backends that can be used here on the test split; those that can't say why."
     model, images, why, rows, logits = ProductionModel(production(cfg), cfg.device), load_split(cfg, 'test')[0], {}, {}, {}
-    for i, name in enumerate(names := candidates(model.device)):
+    for i, name in enumerate(names := candidates(model)):
         progress('backends', i, len(names), name)
         clock = time.perf_counter()
         try: run = start_backend(model, name)

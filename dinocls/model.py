@@ -6,7 +6,8 @@
 __all__ = ['BACKBONES', 'OFFICIAL', 'Backbone', 'random_backbone', 'outline', 'resize_positions', 'remote', 'address',
            'weights_at_hand', 'shipped_record', 'weights_file', 'weights_record', 'pool', 'backbone', 'head', 'count',
            'Classifier', 'classifier', 'depth_of', 'undecayed', 'param_groups', 'add_lora', 'merge_lora', 'infer',
-           'precision', 'autocast', 'device', 'features', 'seen_in_pretraining', 'parameter_row']
+           'block_seconds', 'bf16_gain', 'precision', 'autocast', 'device', 'features', 'seen_in_pretraining',
+           'parameter_row']
 
 # %% ../nbs/03_model.ipynb #2f8cc311
 import contextlib
@@ -15,6 +16,7 @@ import http.client
 import importlib
 import os
 import re
+import time
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
@@ -25,7 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import prepare
-from .core import DataConfig, ModelConfig, UserError, digest, file_digest, nearest, read_json, reason, shipped, stage, weights_digest, whole
+from .core import (
+    DataConfig, ModelConfig, UserError, cpu_name, digest, file_digest, instruction_sets, nearest, read_json, reason,
+    recall, remember, shipped, stage, weights_digest, whole)
 from .data import _loaded, _transfer, load_split, make_splits, splits
 
 # %% ../nbs/03_model.ipynb #b71d2d2f
@@ -362,14 +366,38 @@ def infer(module: nn.Module, images: Tensor,  # uint8 (n, 3, h, w)
     module.train(was)
     return torch.cat(parts).numpy()
 
+# %% ../nbs/03_model.ipynb #0d25aa31
+def block_seconds(name: str, image_size: int, dtypes, rounds: int = 5) -> list[float]:  # one a dtype
+    "Time a training step of one block of a backbone on the CPU in several precisions, in turn; return the shortest of each."
+    from timm.models.vision_transformer import Block
+    spec = BACKBONES[name]
+    tokens = (image_size // spec.patch) ** 2 + 1 + spec.registers
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():  # whoever asks is not disturbed
+        block = Block(spec.dim, spec.heads, qkv_bias=True)
+        x = torch.randn(max(2, 4096 // tokens), tokens, spec.dim)
+        def step(dtype) -> float:
+            clock = time.perf_counter()
+            with torch.autocast('cpu', dtype, enabled=dtype != torch.float32): y = block(x)
+            y.float().square().mean().backward()
+            return time.perf_counter() - clock
+        taken = [[step(dtype) for dtype in dtypes] for _ in range(rounds + 1)][1:]  # the first warms up
+    return [min(t) for t in zip(*taken)]
+
+@functools.lru_cache
+def bf16_gain(name: str, image_size: int) -> float:
+    "Return how many times as fast as in fp32 a block of a backbone learns in bf16 on this CPU: measured once a machine."
+    key = f'{name} at {image_size}, {cpu_name()}, {instruction_sets()}, torch {torch.__version__}'
+    if known := recall('bf16', key): return known
+    full, half = block_seconds(name, image_size, (torch.float32, torch.bfloat16))
+    return remember('bf16', key, full / half)
+
 # %% ../nbs/03_model.ipynb #a3e0b368
 def precision(cfg, device: torch.device) -> str:
     "Return fp32, bf16 or fp16: as configured, or what is fastest on the device."
     if cfg.precision == 'fp16' and device.type == 'cpu': return 'bf16'  # a CPU has no fp16 units
     if cfg.precision != 'auto': return cfg.precision
     if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
-    amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
-    return 'bf16' if device.type == 'cpu' and BACKBONES[cfg.backbone].dim >= 256 and amx() else 'fp32'
+    return 'bf16' if device.type == 'cpu' and bf16_gain(cfg.backbone, cfg.image_size) > 1.2 else 'fp32'  # less than that is noise
 
 def autocast(cfg, device: torch.device):
     "Return the context in which the configured precision holds."

@@ -299,9 +299,9 @@ def test_auto_takes_no_backend_that_changes_predictions(saved, tmp_path, monkeyp
     def wrong(m): return lambda images: inference.in_torch(m)(images) + 10 * np.eye(10, dtype=np.float32)[3]
     monkeypatch.setattr(inference, 'BACKENDS', {'torch': BACKENDS['torch'], 'wrong': (wrong, ('cpu',), ()), 'broken': (lambda m: 1 / 0, ('cpu',), ()),
                                             'late': (lambda m: lambda images: 1 / 0, ('cpu',), ())})
-    monkeypatch.setattr(inference, 'CHOSEN', tmp_path/'chosen.json')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     assert ProductionModel(saved, 'cpu', 'auto').backend == 'torch'
-    (tmp_path/'chosen.json').write_text('{')
+    (tmp_path/'dinocls'/'backends.json').write_text('{')
     assert ProductionModel(saved, 'cpu', 'auto').backend == 'torch'  # a damaged memory is made anew
     for name in ('broken', 'late'): refused(lambda: ProductionModel(saved, 'cpu', name), 'cannot be started here')
     refused(lambda: ProductionModel(saved, 'cpu', 'onyx'), "no backend 'onyx'")

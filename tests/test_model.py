@@ -248,3 +248,27 @@ def test_the_mean_leaves_out_cls_and_registers(name):
     tokens = m.forward_features(x)
     assert tokens.shape[1] == prefix + 4 and torch.allclose(m(x), tokens[:, 0])
     assert torch.allclose(model.pool(tokens, m.num_prefix_tokens, 'mean'), tokens[:, -4:].mean(1), atol=1e-6)
+
+
+def test_precision_on_a_cpu_is_measured_once_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    cpu, asked = torch.device('cpu'), []
+    def auto(gain, **more):
+        model.bf16_gain.cache_clear()
+        monkeypatch.setattr(model, 'block_seconds', lambda *args: asked.append(args) or [gain, 1.0])
+        return model.precision(core.preset('smoke', **more), cpu)
+    assert auto(1.7, backbone='book-cifar') == 'bf16'
+    assert auto(0.5) == 'fp32' and auto(1.1, backbone='dinov2_vits14', image_size=28) == 'fp32'  # too little to be sure of
+    assert auto(0.1, backbone='book-cifar') == 'bf16' and len(asked) == 3  # remembered
+    assert model.precision(core.preset('smoke', precision='fp32', backbone='book-cifar'), cpu) == 'fp32'
+    assert model.precision(core.preset('smoke', precision='fp16'), cpu) == 'bf16'
+    model.bf16_gain.cache_clear()
+
+
+def test_the_measurement_disturbs_nobody():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    full, half = model.block_seconds('book-digits', 32, (torch.float32, torch.bfloat16), rounds=1)
+    assert full > 0 < half and torch.equal(torch.rand(3), expected)
+    with torch.inference_mode(): assert model.block_seconds('book-digits', 32, (torch.float32,), rounds=1)[0] > 0

@@ -111,11 +111,11 @@ def test_a_compiled_backbone_learns_the_same_under_the_same_names(tmp_path):
 
 
 def test_a_compiler_that_fails_is_remembered_and_not_fatal(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'COMPILE_CACHE', tmp_path/'compile.json')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(torch, 'compile', lambda module: (_ for _ in ()).throw(RuntimeError('no compiler\nhere')))
     loop = train.start(classifier(SMALL, 10), SMALL, 1, 4, 1e-3, 1e-3)
     assert not train.compile_pays(loop, torch.randn(4, 3, 32, 32), 10_000, plain=1.)
-    assert list(json.loads((tmp_path/'compile.json').read_text()).values()) == [{'fails': 'no compiler'}]
+    assert list(json.loads((tmp_path/'dinocls'/'compile.json').read_text()).values()) == [{'fails': 'no compiler'}]
 
 
 ARGS = ['stage', 'phase2', '-p', 'smoke', '-s', 'phase2_epochs=6', '-s', 'checkpoint_minutes=0', '-s', 'device=cpu']
