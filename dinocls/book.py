@@ -396,6 +396,7 @@ def run_book(cfg: Config, which: str = '', force: bool = False) -> int:
     except ImportError: raise UserError("Executing the book needs papermill and Jupyter: pip install 'dinocls[book]'.") from None
     chosen = choose(chapters(), which)
     for c in chosen: check_parameters(c.path, parameters(cfg))
+    if cfg.backbone.startswith('book-') and not cfg.weights: core.shipped_record(cfg.backbone)  # refused before the work begins
     folder = core.open_run(cfg)
     (folder/'stages').mkdir(exist_ok=True)
     try:
@@ -504,7 +505,7 @@ def _read_yaml(path: Path) -> dict:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help='Run the experiment book, or a part of it.', context_settings={'help_option_names': ['-h', '--help']})
 
-PresetOption = Annotated[str, typer.Option('--preset', '-p', help='smoke, quick, cifar, reference or best; quick if nothing is said')]
+PresetOption = Annotated[str, typer.Option('--preset', '-p', help='smoke, quick, laptop, cifar, reference or best; quick if nothing is said')]
 ConfigOption = Annotated[Path | None, typer.Option('--config', '-c', help='YAML file: `preset: …` and single fields')]
 SetOption = Annotated[list[str] | None, typer.Option('--set', '-s', help='field=value, may be repeated')]
 OutOption = Annotated[Path | None, typer.Option('--out', '-o', help='run folder; default outputs/<preset and changes>')]

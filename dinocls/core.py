@@ -8,10 +8,10 @@ __all__ = ['CHECKS', 'CHOICES', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAG
            'RunConfig', 'ViewConfig', 'PretrainConfig', 'Config', 'root', 'run_name', 'digest', 'file_digest', 'Preset',
            'preset', 'parse_overrides', 'format_overrides', 'replacing', 'as_os_error', 'write_json', 'read_json',
            'open_run', 'version', 'configure', 'progress', 'MissingPart', 'Result', 'save_result', 'View', 'whole',
-           'variant', 'shipped', 'weights_digest', 'Stage', 'stage', 'run_stage', 'rank', 'stage_record', 'git_commit',
-           'versions', 'hardware', 'cores', 'cpu_name', 'instruction_sets', 'peak_memory', 'recall', 'remember',
-           'run_stages', 'metric', 'wilson', 'write_metrics', 'read_metrics', 'write_history', 'claim', 'Claims',
-           'write_claims', 'read_claims', 'subplots', 'save_figure', 'save_table']
+           'variant', 'shipped', 'shipped_record', 'weights_digest', 'Stage', 'stage', 'run_stage', 'rank',
+           'stage_record', 'git_commit', 'versions', 'hardware', 'cores', 'cpu_name', 'instruction_sets', 'peak_memory',
+           'recall', 'remember', 'run_stages', 'metric', 'wilson', 'write_metrics', 'read_metrics', 'write_history',
+           'claim', 'Claims', 'write_claims', 'read_claims', 'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
@@ -323,6 +323,9 @@ _QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, study_size
 _CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32, batch_size=512,
               phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=60, lr_backbone=1e-3, lr_head=1e-3, members=3, study_size=5000,
               lr_pairs=((1e-2, 1e-2), (1e-4, 1e-2), (1e-3, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3, 1e-2), (1e-3, 1e-2)), pretrain_batch=512)
+_LAPTOP = _CIFAR | dict(weights='', train_size=2500, val_size=2500, batch_size=64, phase1_epochs=3, phase2_epochs=4,
+                        lr_backbone=1e-4, members=2, study_size=500, study_seeds=2, lr_pairs=((1e-3, 1e-3), (1e-5, 1e-3)),
+                        lr_grid=((1e-5, 1e-4, 1e-3), (1e-3, 1e-2)), corruption_images=150, benchmark_seconds=0.5, pretrain_epochs=1)
 _REFERENCE = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='dinov2_vitb14', image_size=224, batch_size=64,
                   precision='fp16', corruption_images=1000)
 _BEST = _REFERENCE | dict(corruption_images=2000, batch_size=256, precision='bf16', phase2_epochs=20, lr_backbone=1e-5, lr_head=1e-3, members=3)
@@ -333,6 +336,8 @@ PRESETS = {
                     'every cell runs; the scores mean nothing', _SMOKE),
     'quick': Preset('the embedded default: the whole book on real digits', '15 min on 2 CPU cores, no network',
                     'a small ViT, pre-trained without labels: about 99 % on 360 test digits', _QUICK),
+    'laptop': Preset('CIFAR-10 itself on two cores: 2,500 labels, all 10,000 test images', 'not measured yet; 2 CPU cores, CIFAR-10 download of 170 MB',
+                     'not measured yet', _LAPTOP),
     'cifar': Preset('a real experiment without a model download', 'not measured yet; one GPU, CIFAR-10 download of 170 MB',
                     'not measured yet', _CIFAR),
     'reference': Preset('the reference recipe exactly', '6 h on a T4 as reported, not measured yet; model download of 350 MB',
@@ -557,6 +562,15 @@ def shipped(backbone: str) -> Path:
     "Return where the package keeps the weights of one of the book's own backbones, whether they are there or not."
     import dinocls
     return Path(dinocls.__path__[0])/'weights'/f'{backbone}.safetensors'
+
+def shipped_record(backbone: str) -> dict:
+    "Return the record of how a backbone's weights in the package were made. Raise `UserError` if there are none."
+    file = shipped(backbone).with_suffix('.json')
+    if not file.is_file():
+        made_by = 'cifar' if backbone == 'book-cifar' else 'quick'
+        raise UserError(f'No weights of {backbone} come with this version: `dinocls publish --preset {made_by}` makes them '
+                        '(minutes on a GPU), weights=random starts without, weights=<path> takes a checkpoint.')
+    return read_json(file)
 
 def weights_digest(backbone: str, weights: str) -> str:
     "Return the SHA-256 of the file that a backbone starts from; empty if there is none, as for random weights or a hub's."

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'OFFICIAL', 'Backbone', 'random_backbone', 'outline', 'resize_positions', 'remote', 'address',
-           'weights_at_hand', 'shipped_record', 'weights_file', 'weights_record', 'pool', 'backbone', 'head', 'count',
-           'Classifier', 'classifier', 'depth_of', 'undecayed', 'param_groups', 'add_lora', 'merge_lora', 'infer',
-           'block_seconds', 'bf16_gain', 'precision', 'autocast', 'device', 'features', 'seen_in_pretraining',
-           'parameter_row']
+           'weights_at_hand', 'weights_file', 'weights_record', 'pool', 'backbone', 'head', 'count', 'Classifier',
+           'classifier', 'depth_of', 'undecayed', 'param_groups', 'add_lora', 'merge_lora', 'infer', 'block_seconds',
+           'bf16_gain', 'precision', 'autocast', 'device', 'features', 'seen_in_pretraining', 'parameter_row']
 
 # %% ../nbs/03_model.ipynb #2f8cc311
 import contextlib
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 
 from .augment import prepare
 from .core import (
-    DataConfig, ModelConfig, UserError, cpu_name, digest, file_digest, instruction_sets, nearest, read_json, reason,
-    recall, remember, shipped, stage, weights_digest, whole)
+    DataConfig, ModelConfig, UserError, cpu_name, digest, file_digest, instruction_sets, nearest, reason, recall,
+    remember, shipped, shipped_record, stage, weights_digest, whole)
 from .data import _loaded, _transfer, load_split, make_splits, splits
 
 # %% ../nbs/03_model.ipynb #b71d2d2f
@@ -181,12 +180,6 @@ def _hub_weights(name: str) -> Path:
                         "network, or give weights=<path to the official .pth>, or weights=random.") from None
 
 # %% ../nbs/03_model.ipynb #d8e78343
-def shipped_record(name: str) -> dict:
-    "Return the record of how a backbone's weights in the package were made. Raise `UserError` if there are none."
-    file = shipped(name).with_suffix('.json')
-    if not file.is_file(): raise UserError(f'No weights of {name} come with the package: give weights=random or weights=<path to a checkpoint>.')
-    return read_json(file)
-
 def weights_file(name: str, weights: str = '') -> Path:  # as in the field `weights`, but not 'random'
     "Return the file of a backbone's weights, fetched if need be. Raise `UserError` if it is not to be had, or not what it must be."
     if not weights and not BACKBONES[name].timm: known, mend = shipped_record(name)['sha256'], 'install dinocls again'

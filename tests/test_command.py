@@ -245,3 +245,9 @@ def test_export_and_bench(served, tmp_path, in_process):
     assert done.returncode == 0 and 'uint8 (n, 3, 32, 32)' in done.stdout and (tmp_path/'model.onnx').stat().st_size > 1e5, done.stderr
     done = in_process('bench', '-m', served/'model', '-b', 'torch', '-b', 'onnx', '--batch', '2', '--seconds', '0.1')
     assert done.returncode == 0 and [line.split()[:3] for line in done.stdout.splitlines()[1:5]] == [[b, i, '2'] for b in ('torch', 'onnx') for i in ('pixels', 'png')], done.stdout
+
+
+def test_what_cannot_begin_is_refused_before_it_begins(tmp_path):
+    if core.shipped('book-cifar').is_file(): pytest.skip('book-cifar is shipped, so preset laptop can run')
+    refused(dinocls('run', '-p', 'laptop', '--out', tmp_path/'run'), 'No weights of book-cifar', 'dinocls publish --preset cifar')
+    assert not (tmp_path/'run').exists()

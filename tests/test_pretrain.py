@@ -129,7 +129,7 @@ def test_changed_and_missing_weights_are_refused(tmp_path, monkeypatch):
     (tmp_path/'book-digits.safetensors').write_bytes(content)
     with pytest.raises(UserError, match='does not have the SHA-256 of its record'): model.backbone('book-digits', 32)
     (tmp_path/'book-digits.json').unlink()
-    with pytest.raises(UserError, match='No weights of book-digits come with the package'): model.backbone('book-digits', 32)
+    with pytest.raises(UserError, match='No weights of book-digits come with this version'): model.backbone('book-digits', 32)
 
 
 def test_other_weights_make_other_keys(tmp_path):
