@@ -606,7 +606,7 @@ def make_splits(data: Dataset,
 def draw_unlabelled(data: Dataset, splits: dict, cfg) -> np.ndarray:  # indices into the dataset, sorted
     "Return the images that pre-training sees. Raise `UserError` if more are asked for than there are."
     train, size = splits['train'], cfg.pretrain_size or len(splits['train'])
-    others = np.setdiff1d(data.splits['train'], np.concatenate(list(splits.values())))
+    others = np.setdiff1d(data.splits['train'], np.concatenate([splits[s] for s in ('train', 'val', 'test')]))
     if size > len(train) + len(others):
         raise UserError(f'pretrain_size={size} in the configuration: {data.name} has {len(train) + len(others)} images for training that are neither in val nor in test.')
     rng = np.random.default_rng(cfg.split_seed)

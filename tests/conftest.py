@@ -45,6 +45,14 @@ def chapter(folder: Path, name: str, code: str, reads: str = 'nothing', paramete
     (folder/'nbs'/f'{name}.ipynb').write_text(json.dumps({'cells': cells, 'metadata': {'kernelspec': spec}, 'nbformat': 4, 'nbformat_minor': 5}))
 
 
+def npm(folder: Path, monkeypatch, script: str):
+    "Put an npm of a few words first on the PATH."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'npm').write_text(f'#!/bin/sh\n{script}\n')
+    (folder/'npm').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{folder}{os.pathsep}{os.environ["PATH"]}')
+
+
 @pytest.fixture
 def book(tmp_path):
     "A project folder without chapters; run the command with env={'DINOCLS_HOME': book}."
