@@ -29,7 +29,7 @@ from .augment import prepare
 from .core import (
     DataConfig, ModelConfig, UserError, cpu_name, digest, file_digest, instruction_sets, nearest, reason, recall,
     remember, shipped, shipped_record, stage, weights_digest, whole)
-from .data import _loaded, _transfer, load_split, make_splits, splits
+from .data import _loaded, _transfer, draw_unlabelled, load_split, make_splits, splits
 
 # %% ../nbs/03_model.ipynb #b71d2d2f
 @dataclass(frozen=True)
@@ -421,8 +421,10 @@ def seen_in_pretraining(cfg) -> dict:  # split → images
     if cfg.weights or BACKBONES[cfg.backbone].timm: return none
     record, found = shipped_record(cfg.backbone), splits(cfg)
     if record['data'] != found['fingerprint']: return none
-    made_from = {f: record['config'][f] for f in DataConfig.__dataclass_fields__ if f in record['config'] and f != 'data_root'}
-    index = make_splits(_loaded(cfg.dataset, cfg.data_root, cfg.on_broken), replace(whole(cfg), **made_from))['train']
+    had, fields = {'pretrain_size': 0} | record['config'], (*DataConfig.__dataclass_fields__, 'pretrain_size')
+    made_from = {f: had[f] for f in fields if f in had and f != 'data_root'}
+    data, made_by = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), replace(whole(cfg), **made_from)
+    index = draw_unlabelled(data, make_splits(data, made_by), made_by)
     return {s: int(np.isin(found[s], index).sum()) for s in none}
 
 # %% ../nbs/03_model.ipynb #d161231e
