@@ -721,7 +721,8 @@ def _data_at_hand(cfg: Config) -> str:
     if cfg.dataset == 'digits': return 'digits, inside scikit-learn'
     if cfg.dataset == 'imagefolder': return f'{cfg.data_root or "data_root is not set"}{"" if Path(cfg.data_root or "/nowhere", "train").is_dir() else " (no train folder there)"}'
     found = at_hand(cfg.dataset, cfg.data_root)
-    return f'{cfg.dataset} in {found}' if found else f'{cfg.dataset} is not in {data_folder(cfg.data_root)} yet: dinocls download fetches it'
+    if found: return f'{cfg.dataset} in {found}'
+    return f'{cfg.dataset} is not in {data_folder(cfg.data_root)} yet: dinocls download fetches it'
 
 def _weights_at_hand(cfg: Config) -> str:
     "Say whether the configured weights are there, without fetching them."

@@ -191,7 +191,7 @@ class PretrainConfig:
     "How the book's own backbones learn without labels (appendix A1)."
     pretrain_method: str = 'dino'  # dino (a student learns from its own average) or simclr (contrast)
     pretrain_epochs: int = 100  # passes over these images
-    pretrain_size: int = 0  # images that pre-training sees, without their labels: those of the training split first, then others that are in no split; 0: the training split
+    pretrain_size: int = 0  # images seen without labels: the training split first, then such as are in no split; 0: that split
     pretrain_batch: int = 256  # images a step, two views each
     pretrain_lr: float = 1e-3  # peak rate
     projection: tuple = (512, 64)  # widths of the projection head: hidden, bottleneck
@@ -224,7 +224,8 @@ def _check_numbers(cfg):
     "Refuse numbers that no run could use."
     at_least_1 = ('batch_size image_size members study_seeds knn_k attention_images checkpoint_every phase1_epochs phase2_epochs '
                   'pretrain_epochs prototypes randaugment_ops bad_steps')
-    not_negative = ('train_size val_size test_size study_size pretrain_size crop weight_decay label_smoothing focal_gamma hard_weight clip_norm mixup cutmix brightness contrast '
+    not_negative = ('train_size val_size test_size study_size pretrain_size crop weight_decay label_smoothing '
+                    'focal_gamma hard_weight clip_norm mixup cutmix brightness contrast '
                     'saturation phase1_lr lr_backbone lr_head split_seed seed pretrain_lr local_views koleo patch_loss view_aspect view_rotation '
                     'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start micro_batch checkpoint_minutes lora_rank corruption_images')
     below_1 = ('erasing warmup label_smoothing ema_decay brightness contrast saturation teacher_momentum view_erasing view_brightness '
@@ -472,9 +473,9 @@ def _check_run(folder: Path, record: dict, wanted: dict):
         made = record.get('version', 'unknown') if isinstance(record, dict) else 'unknown'
         raise UserError(f'{folder} was written by another version of dinocls ({made}; this is {version()}): '
                         'choose a new folder with --out.')
-    had = record.get('config') or {}
-    other = [k for k in wanted if k not in had or had[k] != wanted[k]]
-    if other: raise UserError(f'{folder} holds a run with {other[0]}={had.get(other[0])!r}, this one has '
+    had = _plain(_fields(Config())) | (record.get('config') or {})  # a field that came later was at its default
+    other = [k for k in wanted if had[k] != wanted[k]]
+    if other: raise UserError(f'{folder} holds a run with {other[0]}={had[other[0]]!r}, this one has '
                               f'{other[0]}={wanted[other[0]]!r}: choose another folder with --out, or delete that one.')
 
 # %% ../nbs/00_core.ipynb #aa0f210b
