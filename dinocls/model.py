@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .augment import prepare
 from .core import DataConfig, ModelConfig, UserError, digest, file_digest, nearest, read_json, reason, shipped, stage, weights_digest, whole
-from .data import _loaded, _transfer, load_split, make_splits, splits
+from .data import _loaded, _transfer, draw_unlabelled, load_split, make_splits, splits
 
 # %% ../nbs/03_model.ipynb #b71d2d2f
 @dataclass(frozen=True)
@@ -417,8 +417,9 @@ def seen_in_pretraining(cfg) -> dict:  # split → images
     if cfg.weights or BACKBONES[cfg.backbone].timm: return none
     record, found = shipped_record(cfg.backbone), splits(cfg)
     if record['data'] != found['fingerprint']: return none
-    made_from = {f: record['config'][f] for f in DataConfig.__dataclass_fields__ if f in record['config'] and f != 'data_root'}
-    index = make_splits(_loaded(cfg.dataset, cfg.data_root, cfg.on_broken), replace(whole(cfg), **made_from))['train']
+    made_from = {'pretrain_size': 0} | {f: record['config'][f] for f in (*DataConfig.__dataclass_fields__, 'pretrain_size') if f in record['config'] and f != 'data_root'}
+    data, made_by = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), replace(whole(cfg), **made_from)
+    index = draw_unlabelled(data, make_splits(data, made_by), made_by)
     return {s: int(np.isin(found[s], index).sum()) for s in none}
 
 # %% ../nbs/03_model.ipynb #d161231e
