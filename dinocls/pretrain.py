@@ -122,10 +122,10 @@ class Student(nn.Module):
 STUDENT_TEMPERATURE = 0.1
 
 def criteria(cfg) -> nn.ModuleDict:
-    "Return lightly's losses for the configured method; the running centres in them are part of the training state."
+    "Return lightly's losses for DINO; the running centres in them are part of the training state."
     with _lightly():
-        from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss, NTXentLoss
-        if cfg.pretrain_method == 'simclr': return nn.ModuleDict({'contrast': NTXentLoss(cfg.contrast_temperature)})
+        from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+        if cfg.pretrain_method == 'simclr': return nn.ModuleDict()
         momentum = 1.0 if cfg.centring == 'sinkhorn' else 0.9  # at 1 the centre stays zero
         return nn.ModuleDict({'dino': DINOLoss(cfg.prototypes, student_temp=STUDENT_TEMPERATURE, center_momentum=momentum), 'koleo': KoLeoLoss(),
                               'patch': IBOTPatchLoss(cfg.prototypes, student_temp=STUDENT_TEMPERATURE, center_momentum=momentum)})
@@ -150,10 +150,12 @@ def dino_loss(student: Student, teacher: Student, views: list, cfg, mask: Tensor
     if mask is not None: loss = loss + cfg.patch_loss * student.criteria['patch'](balanced(patches, cfg), guessed_patches, mask, teacher_temp=T)
     return loss, answers
 
-def contrast_loss(student: Student, views: list):
+def contrast_loss(student: Student, views: list, cfg):
     "Return SimCLR's loss: each view must find its partner among all others of the batch (NT-Xent, Chen et al. 2020)."
-    first, second = student(torch.cat(views[:2]))[1].chunk(2)
-    return student.criteria['contrast'](first, second), None
+    x = F.normalize(student(torch.cat(views[:2]))[1].float(), dim=1)
+    with torch.autocast(x.device.type, enabled=False):  # half precision could not tell the closest strangers apart
+        similar = (x @ x.T / cfg.contrast_temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(similar, torch.arange(len(x), device=x.device).roll(len(x) // 2)), None
 
 # %% ../nbs/A1_pretrain.ipynb #eef25427
 def recipe(cfg):
@@ -184,7 +186,7 @@ def pretrain_step(loop: Loop, forward, images: Tensor, generator, done: float):
     views = draw_views(images, cfg, generator, view_strength(cfg, done))
     mask = random_mask(len(views[0]) * 2, loop.model.backbone.patch_embed.grid_size).to(views[0].device) if cfg.patch_loss else None
     with loop.accelerator.autocast():
-        loss, answers = contrast_loss(forward, views) if cfg.pretrain_method == 'simclr' else dino_loss(forward, loop.ema.module, views, cfg, mask)
+        loss, answers = contrast_loss(forward, views, cfg) if cfg.pretrain_method == 'simclr' else dino_loss(forward, loop.ema.module, views, cfg, mask)
     loop.ema.decay = momentum(done, cfg.teacher_momentum)
     optimise(loop, loss)
     return loss.detach(), answers
