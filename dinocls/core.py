@@ -179,6 +179,7 @@ class ViewConfig:
     view_brightness: float = 0.4  # factor drawn from 1 ± this
     view_contrast: float = 0.4  # factor drawn from 1 ± this
     view_saturation: float = 0.4  # factor drawn from 1 ± this
+    view_hue: float = 0.0  # turn drawn from ± this, in circles; 0: off
     view_grey: float = 0.2  # probability that all colour is taken away
     view_noise: float = 0.0  # largest deviation of added noise, of the range 0 … 1
     view_erasing: float = 0.0  # probability of Random Erasing
@@ -192,9 +193,11 @@ class PretrainConfig:
     pretrain_method: str = 'dino'  # dino (a student learns from its own average) or simclr (contrast)
     pretrain_epochs: int = 100  # passes over these images
     pretrain_size: int = 0  # images seen without labels: the training split first, then such as are in no split; 0: that split
+    pretrain_from: str = ''  # weights to go on from, of a backbone or of a whole teacher; empty: a fresh start
     pretrain_batch: int = 256  # images a step, two views each
     pretrain_lr: float = 1e-3  # peak rate
     projection: tuple = (512, 64)  # widths of the projection head: hidden, bottleneck
+    contrast_temperature: float = 0.2  # of SimCLR: the smaller, the more the closest strangers count
     prototypes: int = 1024  # outputs of the student's head
     centring: str = 'sinkhorn'  # what keeps the teacher from one answer for all: sinkhorn or mean
     teacher_temperature: float = 0.05  # below the student's 0.1: the teacher is surer
@@ -249,7 +252,7 @@ def _check_choices(cfg):
     if cfg.val_size < 1:
         raise UserError('val_size=0 in the configuration: every choice is made on validation, so give it some images.')
     if cfg.pretrain_batch < 2: raise UserError(f'pretrain_batch={cfg.pretrain_batch} in the configuration: images are compared with each other, so it must be at least 2.')
-    for name in ('teacher_temperature', 'teacher_momentum', 'layer_decay'):
+    for name in ('teacher_temperature', 'teacher_momentum', 'contrast_temperature', 'layer_decay'):
         if not getattr(cfg, name) > 0: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be above 0.')
     for name in ('view_zoom', 'projection'):
         if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) <= 0: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be two numbers above 0.')
@@ -260,7 +263,7 @@ def _check_choices(cfg):
 
 def _check_augment(cfg):
     "Refuse strengths beyond their range."
-    for name, most in (('hue', 0.5), ('randaugment_magnitude', 30), ('mix_probability', 1), ('cutmix_share', 1), ('layer_decay', 1)):
+    for name, most in (('hue', 0.5), ('view_hue', 0.5), ('randaugment_magnitude', 30), ('mix_probability', 1), ('cutmix_share', 1), ('layer_decay', 1)):
         if not 0 <= getattr(cfg, name) <= most: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be from 0 to {most}.')
 
 CHECKS = [_check_numbers, _check_choices, _check_augment]
@@ -599,6 +602,7 @@ class Stage:
         cfg = whole(cfg)
         values = {f: getattr(cfg, f) for f in self.fields}
         if 'weights' in values: values['weights_digest'] = weights_digest(cfg.backbone, cfg.weights)
+        if values.get('pretrain_from'): values['pretrain_from_digest'] = weights_digest(cfg.backbone, cfg.pretrain_from)
         return digest([self.name, values, [s.key(cfg) for s in self.after]])
 
     def folder(self, cfg) -> Path:
