@@ -6,8 +6,8 @@
 __all__ = ['BACKBONES', 'OFFICIAL', 'Backbone', 'conv_stem', 'random_backbone', 'outline', 'resize_positions', 'remote',
            'address', 'weights_at_hand', 'weights_file', 'weights_record', 'pool', 'backbone', 'head', 'count',
            'Classifier', 'classifier', 'depth_of', 'undecayed', 'param_groups', 'add_lora', 'merge_lora', 'infer',
-           'block_seconds', 'bf16_gain', 'precision', 'autocast', 'device', 'features', 'seen_in_pretraining',
-           'parameter_row']
+           'block_seconds', 'bf16_gain', 'precision', 'autocast', 'plain_attention', 'device', 'features',
+           'seen_in_pretraining', 'parameter_row']
 
 # %% ../nbs/03_model.ipynb #2f8cc311
 import contextlib
@@ -387,7 +387,7 @@ def block_seconds(name: str, image_size: int, dtypes, rounds: int = 5) -> list[f
         block = Block(spec.dim, spec.heads, qkv_bias=True)
         x = torch.randn(max(2, 4096 // tokens), tokens, spec.dim)
         def step(dtype) -> float:
-            clock = time.perf_counter()
+            block.attn.fused_attn, clock = dtype == torch.float32, time.perf_counter()  # see `plain_attention`
             with torch.autocast('cpu', dtype, enabled=dtype != torch.float32): y = block(x)
             y.float().square().mean().backward()
             return time.perf_counter() - clock
@@ -414,6 +414,14 @@ def autocast(cfg, device: torch.device):
     "Return the context in which the configured precision holds."
     dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(precision(cfg, device))
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+# %% ../nbs/03_model.ipynb #4f80cf30
+def plain_attention(model: nn.Module, cfg, device: torch.device) -> nn.Module:
+    "Let a model that is to be trained compute its attention by plain products, where the fused kernel is slower, in place."
+    if device.type == 'cpu' and precision(cfg, device) == 'bf16':
+        for m in model.modules():
+            if hasattr(m, 'fused_attn'): m.fused_attn = False
+    return model
 
 # %% ../nbs/03_model.ipynb #ca46bf8a
 def device(cfg) -> torch.device:

@@ -29,7 +29,7 @@ from .augment import augment, mix, mixed_loss, prepare
 from .core import (AugmentConfig, DataConfig, ModelConfig, TrainConfig, UserError, as_os_error, cpu_name, digest,
                           file_digest, progress, reason, recall, remember, replacing, whole)
 from .data import Loader, batches, load_split
-from .model import Classifier, device, infer, param_groups, precision
+from .model import Classifier, device, infer, param_groups, plain_attention, precision
 
 # %% ../nbs/04_train.ipynb #f9862ec6
 def schedule(optimiser, kind: str,  # onecycle, cosine or constant
@@ -97,6 +97,7 @@ def start(model: Classifier, cfg, epochs: int, steps_per_epoch: int, lr_backbone
     "Set up training of whatever in the model is not frozen."
     accelerator, cfg = _accelerator(cfg), whole(cfg)
     model = model.to(accelerator.device)
+    if not model.frozen: plain_attention(model, cfg, accelerator.device)
     if cfg.gradient_checkpointing: model.backbone.set_grad_checkpointing()
     ema = averaged(model.head if model.frozen else model, cfg)
     optimiser = torch.optim.AdamW(param_groups(model, lr_backbone, lr_head, cfg.weight_decay, layer_decay), fused=accelerator.device.type != 'mps')
