@@ -201,7 +201,8 @@ class PretrainConfig:
     prototypes: int = 1024  # outputs of the student's head
     centring: str = 'sinkhorn'  # what keeps the teacher from one answer for all: sinkhorn or mean
     teacher_temperature: float = 0.05  # below the student's 0.1: the teacher is surer
-    teacher_momentum: float = 0.99  # of the teacher, at the beginning; it rises to 1
+    teacher_momentum: float = 0.99  # of the teacher, at the beginning
+    teacher_rise: bool = True  # let it rise to 1 by the end, as DINO does; SimCLR's teacher is an average that teaches nobody
     local_views: int = 0  # further small views an image, which only the student sees
     koleo: float = 0.0  # weight of the loss that spreads embeddings
     patch_loss: float = 0.0  # weight of the loss on masked patches
