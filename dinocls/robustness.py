@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import UserError, digest, metric, nearest, progress, reason, replacing, stage, subplots, wilson
-from .data import Archive, _attempt, _extract, _loaded, _no_download, addresses, data_folder, load_split, splits
+from .data import Archive, _extract, _loaded, data_folder, fetch, load_split, splits
 from .ensemble import average_predictions, calibration_error, ensemble, member_configs
 from .model import device, features, infer
 from .phase1 import phase1_model
@@ -675,23 +675,6 @@ CIFAR10_C = Archive('CIFAR-10-C.tar', '56bf5dcef84df0e2308c6dcbcbbd8499', ('http
                     'CIFAR-10-C', dict.fromkeys([*(f'{name}.npy' for name in CORRUPTIONS), 'labels.npy']))
 CIFAR10_1 = {'cifar10.1_v6_data.npy': '24349cc5f3fb59648d75cd8015b5a184b1f5c250', 'cifar10.1_v6_labels.npy': 'e713b09cecf2ecd933970001909fcdec7c907ab0'}  # file → id in git
 
-# %% ../nbs/12_robustness.ipynb #d510f124
-def _download(known: Archive, folder: Path) -> Path:
-    "Fetch a file into a folder by chapter 1's means. Raise `UserError` if it is not to be had, or the folder cannot be written."
-    from filelock import FileLock
-    file, part, failed = folder/known.file, folder/f'{known.file}.part', {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder/f'{known.file}.lock'):
-            if file.exists(): return file  # another process was faster
-            for url in addresses(known):
-                failed[url] = _attempt(url, part, known, 0)
-                if not failed[url]:
-                    os.replace(part, file)
-                    return file
-    except OSError as e: raise UserError(f'{known.file} cannot be written into {folder} ({reason(e)}): free space there, or name another folder in DINOCLS_DATA or data_root.') from None
-    raise UserError(_no_download(known.file, folder, known.file, failed))
-
 # %% ../nbs/12_robustness.ipynb #b273201c
 def _read_npy(file: Path, dims: int) -> np.ndarray:
     "Read an array of whole numbers from a file, memory-mapped. Raise `UserError` if it is missing, damaged, or another."
@@ -718,7 +701,7 @@ def cifar10_c(name: str,  # a corruption
 
 def _unpack(folder: Path, place: Path):
     "Unpack the archive of CIFAR-10-C beside itself, fetched if need be."
-    file = _download(CIFAR10_C, folder)
+    file, _ = fetch('CIFAR-10-C', folder, (CIFAR10_C,))
     try:
         with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=folder) as tmp:
             _extract(file, CIFAR10_C, Path(tmp))
@@ -731,7 +714,8 @@ def cifar10_1(root: str = '', check: bool = True) -> tuple[np.ndarray, np.ndarra
     folder, parts = data_folder(root), []
     for file, known in CIFAR10_1.items():
         path = next((p for p in (folder/file, folder/'CIFAR-10.1'/file, folder/'datasets'/file) if p.is_file()), None)
-        path = path or _download(Archive(file, None, (f'https://github.com/modestyachts/CIFAR-10.1/raw/master/datasets/{file}',), '', {}), folder/'CIFAR-10.1')
+        published = Archive(file, None, (f'https://github.com/modestyachts/CIFAR-10.1/raw/master/datasets/{file}',), '', {})
+        path = path or fetch('CIFAR-10.1', folder/'CIFAR-10.1', (published,))[0]
         content = path.read_bytes()
         if check and hashlib.sha1(f'blob {len(content)}\0'.encode() + content).hexdigest() != known: raise UserError(f'{path} is not the published file: delete it, and fetch it again.')
         parts.append(_read_npy(path, 1 if 'labels' in file else 4))
