@@ -82,7 +82,7 @@ def mcnemar(right_a, right_b) -> dict:
 
 # %% ../nbs/06_phase2.ipynb #2d1b5e24
 def mean_interval(d: np.ndarray,  # (n,), one number an image
-                  ends: tuple | None = None,  # of the two images added; None: ± the largest difference seen, at least `least`
+                  ends: tuple | None = None,  # of the two images added; None: ± the largest difference, or `least`
                   least: float = 1) -> tuple[float, float, float]:
     "Return the mean over images with its 95 % interval, as if there were two images more."
     most = max(least, np.abs(d).max())
