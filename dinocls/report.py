@@ -282,7 +282,8 @@ def schema() -> dict:
     step = record('stage key config upstream versions hardware seconds files', stage=text, key={'type': 'string', 'pattern': '^[0-9a-f]{64}$'}, config={'type': 'object'}, upstream={'type': 'object'},
                   git=text, versions={'type': 'object'}, hardware={'type': 'object'}, seconds=number, files={'type': 'object'})
     whole = record('run version preset config data metrics reported_and_measured contradictions claims stages',
-                   run=text, version=text, preset=text, config={'type': 'object'}, data={'type': 'array', 'items': text},
+                   run=text, version=text, preset=text, config={'type': 'object'},
+                   data={'type': 'array', 'items': text},
                    metrics={'type': 'array', 'items': metric}, reported_and_measured={'type': 'array', 'items': compared}, contradictions={'type': 'array', 'items': record('claim numbers', claim=text, numbers=text)},
                    claims={'type': 'array', 'items': made},
                    stages={'type': 'array', 'items': step})
