@@ -186,7 +186,7 @@ def tally(rows: list[dict]) -> str:
     "Say how many claims hold, do not, and can't be told."
     held, broken, open_ = (sum(r['holds'] is h for r in rows) for h in (True, False, None))
     if not rows: return 'No chapter of this run made a claim.'
-    return f'{held} of {len(rows)} claims hold in this run, {broken} do not, and of {open_} it can\'t tell.'
+    return f'{held} of {len(rows)} claims hold in this run, {broken} do not, and {open_} can\'t be told.'
 
 # %% ../nbs/14_report.ipynb #7ac96bb0
 def contradictions() -> list[dict]:

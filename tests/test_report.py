@@ -115,7 +115,7 @@ def test_claims_are_kept_listed_and_counted(tmp_path):
     assert [(r['chapter'], r['holds']) for r in rows] == [('05_phase1', False), ('06_phase2', None), ('06_phase2', True)]
     table = report.claims_rows(rows).splitlines()
     assert [line[2] for line in table[2:]] == ['✗', '?', '✓'] and 'one \\| two' in table[3]
-    assert report.tally(rows) == "1 of 3 claims hold in this run, 1 do not, and of 1 it can't tell."
+    assert report.tally(rows) == "1 of 3 claims hold in this run, 1 do not, and 1 can't be told."
     assert report.tally([]) == 'No chapter of this run made a claim.'
     kind = report.schema()['properties']['claims']
     jsonschema.validate(rows, kind)
