@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import core
 from .augment import erase, flip, jitter, prepare, random_numbers, saturation, uniform
-from .core import DataConfig, PretrainConfig, UserError, ViewConfig, progress, replacing, stage, variant, whole, write_json
+from .core import DataConfig, PretrainConfig, UserError, ViewConfig, progress, replacing, stage, subplots, variant, whole, write_json
 from .data import _loaded, batches, load_split, on_device, splits, unlabelled
 from .model import BACKBONES, _fit_weights, _read_weights, autocast, backbone, device, infer, outline, random_backbone, shipped_record
 from .probe import knn, linear_probe, pixels, probe_one
@@ -423,6 +423,7 @@ def publish(cfg, folder: Path | None = None,  # None: the package's
     record = {'backbone': cfg.backbone, 'sha256': made['files']['weights.safetensors']['sha256'], 'command': command(cfg), 'seed': cfg.seed,
               'config': {k: v for k, v in made['config'].items() if k != 'data_root'}, **{k: made[k] for k in ('versions', 'hardware', 'seconds')},
               'data': splits(cfg)['fingerprint'], 'probes': probe_rows(probes), 'history': result['history'], 'study': rows}
+    if cfg.pretrain_from: record['from_sha256'] = core.weights_digest(cfg.backbone, cfg.pretrain_from)
     with replacing(file) as tmp: tmp.write_bytes((result.folder/'weights.safetensors').read_bytes())
     write_json(file.with_suffix('.json'), record)
     return file
