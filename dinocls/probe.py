@@ -174,30 +174,36 @@ def _minimise(z, hot, w, scale, penalty, max_iter: int):  # (n, r), (n, classes)
 # %% ../nbs/08_probe.ipynb #c17379a1
 STRENGTHS = (1e-3, 0.03, 1.0, 30.0)  # scikit-learn's C: larger is weaker regularisation
 
-def _standardised(train, *others, where='cpu') -> list:
-    "Return features on the device as float64 (n, dim), None left as it is, with mean 0 and deviation 1 over the first."
+def _scaler(train, where='cpu'):  # (n, dim)
+    "Return a function that gives features, on the device, the scale on which `train` has mean 0 and deviation 1."
     where = 'cpu' if torch.device(where).type == 'mps' else where  # has no float64
     x = torch.as_tensor(train).to(where).double()
     mean, std = x.mean(0), x.std(0, correction=0)
     std[std < 1e-12 * mean.abs().clamp(min=1)] = 1  # the same in all images, up to rounding
-    return [None if f is None else (torch.as_tensor(f).to(where).double() - mean) / std for f in (train, *others)]
+    def scale(feats, dtype=torch.float64):  # piece by piece: in float64 raw pixels of 45,000 images take a gigabyte a copy
+        parts = torch.as_tensor(feats).split(4096)
+        return torch.cat([((part.to(where).double() - mean) / std).to(dtype) for part in parts])
+    return scale
 
 def linear_probe(train_feats, train_labels,  # (n, dim), (n,)
                  val_feats, val_labels,  # choose C
                  test_feats=None,  # scored with the chosen C
                  strengths=STRENGTHS, max_iter: int = 500, where='cpu') -> dict:
-    "Fit logistic regression on standardised features, C chosen on validation; return C, classes, the grid, predictions and probabilities."
-    x, val, test = _standardised(train_feats, val_feats, test_feats, where=where)
+    """Fit logistic regression on standardised features, C chosen on validation; return C, classes, the grid, predictions,
+    probabilities, and a function `predict` from further features to probabilities."""
     classes, codes = np.unique(np.asarray(train_labels), return_inverse=True)
     if len(classes) < 2: raise UserError('A linear probe needs training images of at least two classes.')
-    best, grid, labels = None, [], np.asarray(val_labels)
+    scale, labels, best, grid = _scaler(train_feats, where), np.asarray(val_labels), None, []
+    x, val = scale(train_feats, torch.float32 if len(codes) > 10_000 else torch.float64), scale(val_feats)
+    def probabilities(f, weights): return torch.addmm(weights[:, -1], f, weights[:, :-1].T).softmax(1).cpu().numpy()
     for C, weights, converged in logistic(x, torch.as_tensor(codes).to(x.device), sorted(strengths), max_iter):
-        val_p, test_p = (None if f is None else torch.addmm(weights[:, -1], f, weights[:, :-1].T).softmax(1).cpu().numpy() for f in (val, test))
-        grid.append({'C': C, 'val_accuracy': float((classes[val_p.argmax(1)] == labels).mean()), 'converged': converged})
-        if best is None or grid[-1]['val_accuracy'] > best['val_accuracy']:
-            best = {**grid[-1], 'classes': classes, 'val_probabilities': val_p, 'test_probabilities': test_p}
-    parts = {f'{s}_predictions': best['classes'][p.argmax(1)] for s in ('val', 'test') if (p := best[f'{s}_probabilities']) is not None}
-    return {**best, **parts, 'grid': grid}
+        p = probabilities(val, weights)
+        grid.append({'C': C, 'val_accuracy': float((classes[p.argmax(1)] == labels).mean()), 'converged': converged})
+        if best is None or grid[-1]['val_accuracy'] > best['val_accuracy']: best, chosen = {**grid[-1], 'val_probabilities': p}, weights
+    best |= {'predict': lambda feats: probabilities(scale(feats), chosen)}
+    if test_feats is not None: best |= {'test_probabilities': best['predict'](test_feats)}
+    guesses = {f'{s}_predictions': classes[best[f'{s}_probabilities'].argmax(1)] for s in ('val', 'test') if f'{s}_probabilities' in best}
+    return {**best, **guesses, 'classes': classes, 'grid': grid}
 
 # %% ../nbs/08_probe.ipynb #31ff1cd1
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # as DINOv2's, for 256 images a step
@@ -205,7 +211,8 @@ RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 def sgd_probe(train_feats, train_labels, val_feats, val_labels,  # (n, dim), (n,)
               test_feats=None, rates=RATES, steps: int = 1000, batch: int = 128, seed: int = 0, where='cpu') -> dict:
     "Train one linear layer a rate, side by side, by SGD with momentum 0.9 and a cosine schedule; return the grid, the rate chosen on validation and its predictions."
-    x, val, test = (None if f is None else f.float() for f in _standardised(train_feats, val_feats, test_feats, where=where))
+    scale = _scaler(train_feats, where)
+    x, val, test = (None if f is None else scale(f, torch.float32) for f in (train_feats, val_feats, test_feats))
     classes, codes = np.unique(np.asarray(train_labels), return_inverse=True)
     y, generator = torch.as_tensor(codes).to(x.device), torch.Generator().manual_seed(seed)
     weight, bias = x.new_zeros(len(rates), len(classes), x.shape[1]), x.new_zeros(len(rates), len(classes))

@@ -536,13 +536,12 @@ def _with_probes(cfg, parts: dict) -> dict:
     "Add what k-NN and the linear probe say of the features of sets, and stack the models."
     feats, labels = dict(features(cfg)), {s: load_split(cfg, s)[1].numpy() for s in ('train', 'val')}
     bank, done = torch.as_tensor(feats['train']).to(device(cfg)), {}
-    linear = linear_probe(feats['train'], labels['train'], feats['val'], labels['val'], np.concatenate([p['feats'] for p in parts.values()]), where=device(cfg))
-    start = 0
+    linear = linear_probe(feats['train'], labels['train'], feats['val'], labels['val'], where=device(cfg))
     for name, p in parts.items():
-        p['knn_guess'], n = knn(bank, labels['train'], torch.as_tensor(p['feats']).to(bank.device), cfg.knn_k), len(p['feats'])
-        p['linear_guess'] = linear['test_predictions'][start:start + n]
-        p |= {'knn_confidence': np.full(n, np.nan), 'linear_confidence': linear['test_probabilities'][start:start + n].max(1)}
-        start += n
+        seen = torch.as_tensor(p.pop('feats'))
+        probabilities = linear['predict'](seen)
+        p |= {'knn_guess': knn(bank, labels['train'], seen.to(bank.device), cfg.knn_k), 'knn_confidence': np.full(len(seen), np.nan),
+              'linear_guess': linear['classes'][probabilities.argmax(1)], 'linear_confidence': probabilities.max(1)}
         done |= {f'{name}_{what}': np.stack([p[f'{m}_{what}'] for m in MODELS]).astype(kind) for what, kind in (('guess', np.int16), ('confidence', np.float32))}
     return done
 
