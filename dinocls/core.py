@@ -179,6 +179,7 @@ class ViewConfig:
     view_brightness: float = 0.4  # factor drawn from 1 ± this
     view_contrast: float = 0.4  # factor drawn from 1 ± this
     view_saturation: float = 0.4  # factor drawn from 1 ± this
+    view_hue: float = 0.0  # turn drawn from ± this, in circles; 0: off
     view_grey: float = 0.2  # probability that all colour is taken away
     view_noise: float = 0.0  # largest deviation of added noise, of the range 0 … 1
     view_erasing: float = 0.0  # probability of Random Erasing
@@ -190,10 +191,12 @@ class ViewConfig:
 class PretrainConfig:
     "How the book's own backbones learn without labels (appendix A1)."
     pretrain_method: str = 'dino'  # dino (a student learns from its own average) or simclr (contrast)
-    pretrain_epochs: int = 100  # passes over the training split
+    pretrain_epochs: int = 100  # passes over these images
+    pretrain_size: int = 0  # images that pre-training sees, without their labels: those of the training split first, then others that are in no split; 0: the training split
     pretrain_batch: int = 256  # images a step, two views each
     pretrain_lr: float = 1e-3  # peak rate
     projection: tuple = (512, 64)  # widths of the projection head: hidden, bottleneck
+    contrast_temperature: float = 0.2  # of SimCLR: the smaller, the more the closest strangers count
     prototypes: int = 1024  # outputs of the student's head
     centring: str = 'sinkhorn'  # what keeps the teacher from one answer for all: sinkhorn or mean
     teacher_temperature: float = 0.05  # below the student's 0.1: the teacher is surer
@@ -223,7 +226,7 @@ def _check_numbers(cfg):
     "Refuse numbers that no run could use."
     at_least_1 = ('batch_size image_size members study_seeds knn_k attention_images checkpoint_every phase1_epochs phase2_epochs '
                   'pretrain_epochs prototypes randaugment_ops bad_steps')
-    not_negative = ('train_size val_size test_size study_size crop weight_decay label_smoothing focal_gamma hard_weight clip_norm mixup cutmix brightness contrast '
+    not_negative = ('train_size val_size test_size study_size pretrain_size crop weight_decay label_smoothing focal_gamma hard_weight clip_norm mixup cutmix brightness contrast '
                     'saturation phase1_lr lr_backbone lr_head split_seed seed pretrain_lr local_views koleo patch_loss view_aspect view_rotation '
                     'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start micro_batch checkpoint_minutes lora_rank corruption_images')
     below_1 = ('erasing warmup label_smoothing ema_decay brightness contrast saturation teacher_momentum view_erasing view_brightness '
@@ -247,7 +250,7 @@ def _check_choices(cfg):
     if cfg.val_size < 1:
         raise UserError('val_size=0 in the configuration: every choice is made on validation, so give it some images.')
     if cfg.pretrain_batch < 2: raise UserError(f'pretrain_batch={cfg.pretrain_batch} in the configuration: images are compared with each other, so it must be at least 2.')
-    for name in ('teacher_temperature', 'teacher_momentum', 'layer_decay'):
+    for name in ('teacher_temperature', 'teacher_momentum', 'contrast_temperature', 'layer_decay'):
         if not getattr(cfg, name) > 0: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be above 0.')
     for name in ('view_zoom', 'projection'):
         if len(getattr(cfg, name)) != 2 or min(getattr(cfg, name)) <= 0: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be two numbers above 0.')
@@ -258,7 +261,7 @@ def _check_choices(cfg):
 
 def _check_augment(cfg):
     "Refuse strengths beyond their range."
-    for name, most in (('hue', 0.5), ('randaugment_magnitude', 30), ('mix_probability', 1), ('cutmix_share', 1), ('layer_decay', 1)):
+    for name, most in (('hue', 0.5), ('view_hue', 0.5), ('randaugment_magnitude', 30), ('mix_probability', 1), ('cutmix_share', 1), ('layer_decay', 1)):
         if not 0 <= getattr(cfg, name) <= most: raise UserError(f'{name}={getattr(cfg, name)} in the configuration: it must be from 0 to {most}.')
 
 CHECKS = [_check_numbers, _check_choices, _check_augment]

@@ -6,10 +6,10 @@
 __all__ = ['MIRRORS', 'BATCHES', 'OTHER_FORMS', 'NPM_SECONDS', 'CIFAR10_CLASSES', 'MAX_PIXELS', 'FORMATS', 'CACHE_FROM',
            'LOADERS', 'PAIRS', 'STATISTICS', 'Dataset', 'Archive', 'archive', 'forms', 'sources', 'fetch',
            'data_folder', 'at_hand', 'read_pickle', 'to_rgb', 'decode', 'pictures', 'decoded', 'load_dataset',
-           'make_splits', 'image_hashes', 'identical', 'small_pixels', 'mirrored', 'unit_rows', 'nearest_pairs',
-           'image_statistics', 'looks', 'drift_test', 'label_test', 'compare_splits', 'check_splits', 'changed',
-           'as_jpeg', 'splits', 'look_alikes', 'free_memory', 'pick', 'on_device', 'load_split', 'batches', 'ahead',
-           'Loader', 'draw_statistics', 'draw_pairs']
+           'make_splits', 'draw_unlabelled', 'image_hashes', 'identical', 'small_pixels', 'mirrored', 'unit_rows',
+           'nearest_pairs', 'image_statistics', 'looks', 'drift_test', 'label_test', 'compare_splits', 'check_splits',
+           'changed', 'as_jpeg', 'splits', 'look_alikes', 'free_memory', 'pick', 'on_device', 'load_split',
+           'unlabelled', 'batches', 'ahead', 'Loader', 'draw_statistics', 'draw_pairs']
 
 # %% ../nbs/01_data.ipynb #45e6b9b7
 import contextlib
@@ -585,6 +585,16 @@ def make_splits(data: Dataset,
     if cfg.train_size and cfg.train_size < len(train): _, train = _draw(train, data.labels, cfg.train_size, cfg.split_seed, 'train_size')
     return {'train': train, 'val': val, 'test': test}
 
+# %% ../nbs/01_data.ipynb #147b757f
+def draw_unlabelled(data: Dataset, splits: dict, cfg) -> np.ndarray:  # indices into the dataset, sorted
+    "Return the images that pre-training sees. Raise `UserError` if more are asked for than there are."
+    train, size = splits['train'], cfg.pretrain_size or len(splits['train'])
+    others = np.setdiff1d(data.splits['train'], np.concatenate(list(splits.values())))
+    if size > len(train) + len(others):
+        raise UserError(f'pretrain_size={size} in the configuration: {data.name} has {len(train) + len(others)} images for training that are neither in val nor in test.')
+    rng = np.random.default_rng(cfg.split_seed)
+    return np.sort(np.concatenate([rng.permutation(train), rng.permutation(others)])[:size])
+
 # %% ../nbs/01_data.ipynb #98416d61
 def image_hashes(images: np.ndarray) -> np.ndarray:  # text (n,), 32 hex digits each
     "Return a hash of the pixels of each image."
@@ -830,6 +840,11 @@ def load_split(cfg, name: str,  # train, val or test
     import torch
     data, index = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), splits(cfg)[name]
     return on_device(data.images, index, device), torch.from_numpy(data.labels[index]).to(device)
+
+# %% ../nbs/01_data.ipynb #f8f5768e
+def unlabelled(cfg) -> np.ndarray:  # indices into the dataset, sorted
+    "Return the images that pre-training sees, without their labels. Raise `UserError` if more are asked for than there are."
+    return draw_unlabelled(_loaded(cfg.dataset, cfg.data_root, cfg.on_broken), splits(cfg), cfg)
 
 # %% ../nbs/01_data.ipynb #4eb4978c
 def batches(n: int,  # images

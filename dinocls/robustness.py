@@ -18,7 +18,6 @@ import functools
 import hashlib
 import io
 import math
-import os
 import tarfile
 import tempfile
 from collections.abc import Callable
