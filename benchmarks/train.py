@@ -5,9 +5,9 @@
 Phase 1 trains the head on a frozen backbone, phase 2 everything; the model has random weights, the images are random, uint8, 32×32.
 dinocls:   `train_epoch` as `fit` calls it: `Loader`, augmentation, MixUp and CutMix, clipping, averaged weights, in the precision that it chooses by
            itself, not compiled.
-tutorial:  PIL and torchvision (padded crop, flip, colour, resize, Random Erasing) in a DataLoader with 2 workers that stay, fp32, torch's AdamW, cross
+tutorial:  PIL and torchvision (padded crop, flip, colour, resize, Random Erasing) in a DataLoader with a worker for two cores, fp32, torch's AdamW, cross
            entropy with smoothed labels, the frozen part by `requires_grad=False`. Nothing is mixed, clipped or averaged.
-timm:      timm's `create_loader` with PIL and 2 workers, `Mixup`, `SoftTargetCrossEntropy`, `create_optimizer_v2`, `dispatch_clip_grad`, `ModelEmaV3`,
+timm:      timm's `create_loader` with PIL and as many workers, `Mixup`, `SoftTargetCrossEntropy`, `create_optimizer_v2`, `dispatch_clip_grad`, `ModelEmaV3`,
            fp32 on a CPU and bf16 on a GPU, as its train.py does with `--amp --amp-dtype bfloat16`.
 Each variant has a process of its own, so that the peak of memory is its own; those of one phase take turns, an epoch each a round, while the others
 sleep. The first round warms up and is not counted, nor are the first steps of an epoch where steps are short. Ratios are taken within a round.
@@ -30,7 +30,7 @@ from dinocls.data import Loader
 from dinocls.model import autocast, classifier, infer, precision
 from dinocls.train import Divided, Embedded, compile_backbone, start, train_epoch
 
-GPU, WORKERS, CLASSES = torch.cuda.is_available(), 2, 10
+GPU, WORKERS, CLASSES = torch.cuda.is_available(), max(2, core.cores() // 2), 10
 DEVICE, SYNC = torch.device('cuda' if GPU else 'cpu'), torch.cuda.synchronize if GPU else lambda: None
 FIELDS = ('model', 'side', 'batch', 'lead', 'steps', 'rounds', 'options')  # lead: steps of an epoch that are not counted; steps: those of phase 2 that are
 CASES = [dict(zip(FIELDS, values)) for values in (
@@ -45,7 +45,7 @@ def config(case):
     "Return the configuration of a case."
     changes = OPTIONS.get(case.get('variant'), {})
     if 'micro_batch' in changes: changes = {'micro_batch': case['batch'] // 2}
-    return core.preset('reference', backbone=case['model'], weights='random', image_size=case['side'], batch_size=case['batch'], precision='auto', device=DEVICE.type, **changes)
+    return core.preset('reference', backbone=case['model'], weights='random', image_size=case['side'], batch_size=case['batch'], precision=case.get('precision', 'auto'), device=DEVICE.type, **changes)
 
 
 def images(case):
@@ -221,7 +221,7 @@ def answer(process, ask: bool = True) -> dict:
 
 def compare(case: dict, phase: int) -> dict:  # variant → {'rates': images a second in each counted round, 'seconds': of each epoch, the first one too, 'peak', …}
     "Let the variants of a phase take turns; those that fail are left out."
-    names = ['dinocls', 'tutorial', 'timm', *(['stored'] if phase == 1 else OPTIONS if case['options'] else [])]
+    names = ['dinocls', 'tutorial', 'timm', *(['stored'] * case.get('stored', True) if phase == 1 else OPTIONS if case['options'] else [])]
     cases = {name: {**case, 'variant': name, 'phase': phase, **(STORED if name == 'stored' else {'steps': case['steps'] * (2 if phase == 1 else 1)})} for name in names}
     processes = {name: child('measure', cases[name]) for name in names}
     try:
