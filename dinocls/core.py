@@ -193,6 +193,7 @@ class PretrainConfig:
     pretrain_method: str = 'dino'  # dino (a student learns from its own average) or simclr (contrast)
     pretrain_epochs: int = 100  # passes over these images
     pretrain_size: int = 0  # images that pre-training sees, without their labels: those of the training split first, then others that are in no split; 0: the training split
+    pretrain_from: str = ''  # weights to go on from, of a backbone or of a whole teacher; empty: a fresh start
     pretrain_batch: int = 256  # images a step, two views each
     pretrain_lr: float = 1e-3  # peak rate
     projection: tuple = (512, 64)  # widths of the projection head: hidden, bottleneck
@@ -586,6 +587,7 @@ class Stage:
         cfg = whole(cfg)
         values = {f: getattr(cfg, f) for f in self.fields}
         if 'weights' in values: values['weights_digest'] = weights_digest(cfg.backbone, cfg.weights)
+        if values.get('pretrain_from'): values['pretrain_from_digest'] = weights_digest(cfg.backbone, cfg.pretrain_from)
         return digest([self.name, values, [s.key(cfg) for s in self.after]])
 
     def folder(self, cfg) -> Path:

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['STUDENT_TEMPERATURE', 'SCRATCH', 'STUDY', 'STUDY_EPOCHS', 'affine', 'bend', 'resample', 'view', 'view_strength',
-           'projection_head', 'Student', 'criteria', 'balanced', 'dino_loss', 'contrast_loss', 'recipe', 'momentum',
-           'draw_views', 'local_size', 'pretrain_step', 'random_mask', 'forward_flops', 'step_flops', 'pretrain_epoch',
-           'certainty', 'spread', 'watcher', 'self_supervise', 'own', 'pretrain', 'draw_watch', 'pretrain_probe',
-           'probe_backbone', 'probe_features', 'probe_rows', 'pretrain_study', 'publish', 'command']
+           'projection_head', 'Student', 'started_from', 'criteria', 'balanced', 'dino_loss', 'contrast_loss', 'recipe',
+           'momentum', 'draw_views', 'local_size', 'draw_task', 'pretrain_step', 'random_mask', 'forward_flops',
+           'step_flops', 'pretrain_epoch', 'quicken', 'certainty', 'spread', 'watcher', 'self_supervise', 'taught',
+           'so_far', 'own', 'unlabelled_images', 'pretrain', 'draw_watch', 'pretrain_probe', 'probe_backbone',
+           'probe_features', 'probe_rows', 'pretrain_study', 'publish', 'command']
 
 # %% ../nbs/A1_pretrain.ipynb #fbd03449
 import contextlib
+import json
 import math
 import random
+import time
 import warnings
 from pathlib import Path
 
@@ -22,17 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import core
-from .augment import erase, flip, jitter, prepare, uniform
+from .augment import erase, flip, jitter, prepare, random_numbers, saturation, uniform
 from .core import DataConfig, PretrainConfig, UserError, ViewConfig, progress, replacing, stage, variant, whole, write_json
-from .data import batches, load_split, splits
-from .model import BACKBONES, autocast, backbone, infer, outline, random_backbone, shipped_record
-from .probe import knn, pixels, probe_one
-from .train import Loop, load_checkpoint, optimise, save_checkpoint, start
+from .data import _loaded, batches, load_split, on_device, splits, unlabelled
+from .model import BACKBONES, _fit_weights, _read_weights, autocast, backbone, device, infer, outline, random_backbone, shipped_record
+from .probe import knn, linear_probe, pixels, probe_one
+from .train import Keeper, Loop, checkpoints, compile_pays, load_checkpoint, optimise, start
 
 # %% ../nbs/A1_pretrain.ipynb #8a5e8a39
 def affine(b: int, cfg, generator, strength: float = 1.0) -> Tensor:  # (b, 2, 3)
     "Draw a map a view, from its coordinates (-1 … 1) to the image's."
-    draw = lambda low, high: low + (high - low) * torch.rand(b, generator=generator)
+    draw = lambda low, high: low + (high - low) * random_numbers(b, generator=generator)
     low, high = (strength * math.log(z) for z in cfg.view_zoom)
     zoom, aspect = draw(low, high).exp(), (strength * draw(-cfg.view_aspect, cfg.view_aspect) / 2).exp()
     angle, slope = (strength * draw(-v, v) for v in (math.radians(cfg.view_rotation), cfg.view_shear))
@@ -44,8 +47,8 @@ def affine(b: int, cfg, generator, strength: float = 1.0) -> Tensor:  # (b, 2, 3
 # %% ../nbs/A1_pretrain.ipynb #83e9844f
 def bend(b: int, size: tuple, cfg, generator, strength: float = 1.0) -> Tensor:  # (b, h, w, 2)
     "Draw a smooth displacement a view: random at 4×4 points, bicubic between them."
-    amount = strength * cfg.view_elastic * torch.rand(b, 1, 1, 1, generator=generator)
-    field = amount * torch.randn(b, 2, 4, 4, generator=generator)
+    amount = strength * cfg.view_elastic * random_numbers(b, 1, 1, 1, generator=generator)
+    field = amount * random_numbers(b, 2, 4, 4, generator=generator, kind=torch.randn)
     return F.interpolate(field, size, mode='bicubic', align_corners=True).permute(0, 2, 3, 1)
 
 def resample(x: Tensor,  # (b, 3, h, w)
@@ -64,9 +67,9 @@ def view(images: Tensor,  # uint8 (b, 3, h, w)
     if cfg.view_flip: x = flip(x, generator)
     factors = [uniform(x, 1 - strength * r, 1 + strength * r, generator) for r in (cfg.view_brightness, cfg.view_contrast, cfg.view_saturation)]
     x = jitter(x, *factors, uniform(x, -strength * cfg.view_hue, strength * cfg.view_hue, generator) if cfg.view_hue else None)
-    if cfg.view_grey: x = torch.where(uniform(x, 0, 1, generator) < strength * cfg.view_grey, jitter(x, *torch.tensor([1., 1, 0], device=x.device)), x)
+    if cfg.view_grey: x = torch.where(uniform(x, 0, 1, generator) < strength * cfg.view_grey, saturation(x, 0.), x)
     if cfg.view_noise:
-        noise = torch.randn(len(x), 1, *x.shape[-2:], generator=generator).to(x)
+        noise = random_numbers(len(x), 1, *x.shape[-2:], generator=generator, kind=torch.randn).to(x)
         x = (x + strength * cfg.view_noise * uniform(x, 0, 1, generator) * noise).clamp(0, 1)
     return erase(x, strength * cfg.view_erasing, generator) if cfg.view_erasing else x
 
@@ -118,14 +121,24 @@ class Student(nn.Module):
         feats = tokens[:, 0]
         return feats, self.head(feats), None if mask is None else self.head(tokens[:, 1:][mask.flatten(1)])
 
+# %% ../nbs/A1_pretrain.ipynb #5fad87e2
+def started_from(student: Student, file: str) -> Student:  # the field `pretrain_from`; empty: as it is
+    "Give a student the weights of a file: the backbone's, and the rest as far as it is in there. Raise `UserError` if the backbone is another one."
+    if not file: return student
+    state, own = _read_weights(Path(file).expanduser()), student.state_dict()
+    _fit_weights(student.backbone, {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')} or state, file)
+    rest = {k: v for k, v in state.items() if not k.startswith('backbone.') and k in own and v.shape == own[k].shape}
+    student.load_state_dict(rest, strict=False)
+    return student
+
 # %% ../nbs/A1_pretrain.ipynb #ad52fd43
 STUDENT_TEMPERATURE = 0.1
 
 def criteria(cfg) -> nn.ModuleDict:
-    "Return lightly's losses for the configured method; the running centres in them are part of the training state."
+    "Return lightly's losses for DINO; the running centres in them are part of the training state."
     with _lightly():
-        from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss, NTXentLoss
-        if cfg.pretrain_method == 'simclr': return nn.ModuleDict({'contrast': NTXentLoss(cfg.contrast_temperature)})
+        from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+        if cfg.pretrain_method == 'simclr': return nn.ModuleDict()
         momentum = 1.0 if cfg.centring == 'sinkhorn' else 0.9  # at 1 the centre stays zero
         return nn.ModuleDict({'dino': DINOLoss(cfg.prototypes, student_temp=STUDENT_TEMPERATURE, center_momentum=momentum), 'koleo': KoLeoLoss(),
                               'patch': IBOTPatchLoss(cfg.prototypes, student_temp=STUDENT_TEMPERATURE, center_momentum=momentum)})
@@ -150,10 +163,12 @@ def dino_loss(student: Student, teacher: Student, views: list, cfg, mask: Tensor
     if mask is not None: loss = loss + cfg.patch_loss * student.criteria['patch'](balanced(patches, cfg), guessed_patches, mask, teacher_temp=T)
     return loss, answers
 
-def contrast_loss(student: Student, views: list):
+def contrast_loss(student: Student, views: list, cfg):
     "Return SimCLR's loss: each view must find its partner among all others of the batch (NT-Xent, Chen et al. 2020)."
-    first, second = student(torch.cat(views[:2]))[1].chunk(2)
-    return student.criteria['contrast'](first, second), None
+    x = F.normalize(student(torch.cat(views[:2]))[1].float(), dim=1)
+    with torch.autocast(x.device.type, enabled=False):  # half precision could not tell the closest strangers apart
+        similar = (x @ x.T / cfg.contrast_temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(similar, torch.arange(len(x), device=x.device).roll(len(x) // 2)), None
 
 # %% ../nbs/A1_pretrain.ipynb #eef25427
 def recipe(cfg):
@@ -178,15 +193,19 @@ def local_size(cfg) -> int:
     return side
 
 # %% ../nbs/A1_pretrain.ipynb #00ccbdaf
+def draw_task(loop: Loop, images: Tensor, generator, done: float) -> tuple:
+    "Draw a step's views, and which patches are hidden, if any are."
+    views = draw_views(images, loop.cfg, generator, view_strength(loop.cfg, done))
+    mask = random_mask(len(views[0]) * 2, loop.model.backbone.patch_embed.grid_size).to(views[0].device) if loop.cfg.patch_loss else None
+    return views, mask
+
 def pretrain_step(loop: Loop, forward, images: Tensor, generator, done: float):
-    "Take one step; return the loss and the teacher's outputs, if there is a teacher."
-    cfg = loop.cfg
-    views = draw_views(images, cfg, generator, view_strength(cfg, done))
-    mask = random_mask(len(views[0]) * 2, loop.model.backbone.patch_embed.grid_size).to(views[0].device) if cfg.patch_loss else None
+    "Take one step without waiting for the device; return the loss and the teacher's outputs, if there is a teacher."
+    cfg, (views, mask) = loop.cfg, draw_task(loop, images, generator, done)
     with loop.accelerator.autocast():
-        loss, answers = contrast_loss(forward, views) if cfg.pretrain_method == 'simclr' else dino_loss(forward, loop.ema.module, views, cfg, mask)
+        loss, answers = contrast_loss(forward, views, cfg) if cfg.pretrain_method == 'simclr' else dino_loss(forward, loop.ema.module, views, cfg, mask)
     loop.ema.decay = momentum(done, cfg.teacher_momentum)
-    optimise(loop, loss)
+    optimise(loop, loss, wait=False)
     return loss.detach(), answers
 
 def random_mask(b: int, grid: tuple) -> Tensor:  # bool (b, rows, columns)
@@ -216,22 +235,34 @@ def step_flops(cfg, images: int = 1) -> int:
     return images * (2 * (3 + teacher) * forward_flops(cfg, cfg.image_size) + local)
 
 # %% ../nbs/A1_pretrain.ipynb #393e9008
-def pretrain_epoch(loop: Loop, forward, images: Tensor, epochs: int) -> dict:
-    "Train one epoch on uint8 images; return a row of history. Raise `UserError` if the loss is not finite."
-    cfg, losses, answers = loop.cfg, [], None
+def pretrain_epoch(loop: Loop, forward, images: Tensor, epochs: int,
+                   after_step=lambda: None) -> dict:
+    "Train the rest of an epoch on uint8 images; return a row of history. Raise `UserError` if the loss is not finite."
+    cfg, answers, share = loop.cfg, None, lambda i: (loop.epoch + i / len(order)) / epochs
     torch.manual_seed(cfg.seed * 100_003 + loop.epoch)
     random.seed(cfg.seed * 100_003 + loop.epoch)
-    generator = torch.Generator().manual_seed(cfg.seed * 100_003 + loop.epoch)
+    generator = torch.Generator(images.device).manual_seed(cfg.seed * 100_003 + loop.epoch)
     loop.model.train(), loop.ema.module.train()  # BatchNorm in the head: the teacher, too, by the statistics of its batch
     if hasattr(loop.model.head, 'last_layer'): loop.model.head.last_layer.weight_v.requires_grad_(loop.epoch > 0)
-    steps = max(1, len(images) // cfg.batch_size)
-    for i, index in enumerate(batches(len(images), cfg.batch_size, cfg.seed, loop.epoch)):
-        loss, answers = pretrain_step(loop, forward, images[index], generator, (loop.epoch + i / steps) / epochs)
-        losses.append(loss)
-    loop.epoch += 1
-    loss = torch.stack(losses).mean().item()
+    order = torch.cat([*batches(len(images), cfg.batch_size, cfg.seed, loop.epoch)]).to(images.device).split(cfg.batch_size)
+    if loop.losses is None: loop.losses = torch.zeros(len(order), device=images.device)
+    for i in range(loop.step): draw_task(loop, images[order[i]], generator, share(i))  # again, for the numbers that come after
+    for i in range(loop.step, len(order)):
+        loop.losses[i], answers = pretrain_step(loop, forward, images[order[i]], generator, share(i))
+        loop.step = i + 1
+        if loop.step < len(order): after_step()
+    loss = loop.losses.mean().item()
+    loop.epoch, loop.step, loop.losses = loop.epoch + 1, 0, None
     if not np.isfinite(loss): raise UserError(f'The loss is no longer finite in epoch {loop.epoch} of pre-training: lower pretrain_lr.')
     return {'epoch': loop.epoch, 'loss': loss} | ({} if answers is None else certainty(answers, cfg))
+
+# %% ../nbs/A1_pretrain.ipynb #33fc271d
+def quicken(loop: Loop, images: Tensor, epochs: int, plain: float):  # seconds a step
+    "Compile student and teacher for what is left of training, if asked or if it pays; the first epoch says what a step takes."
+    size, on = loop.cfg.batch_size, loop.cfg.compile
+    if on == 'auto': on = 'on' if compile_pays(loop, prepare(images[:size].repeat(2, 1, 1, 1), loop.cfg), (epochs - loop.epoch) * max(1, len(images) // size), plain) else 'off'
+    if on == 'on' and loop.epoch < epochs:
+        for net in (loop.model, loop.ema.module): net.compile(dynamic=False)  # a local view is another graph
 
 # %% ../nbs/A1_pretrain.ipynb #376aee86
 def certainty(answers: Tensor, cfg) -> dict:
@@ -246,48 +277,68 @@ def spread(feats: np.ndarray) -> float:  # (n, dim)
     return float(unit.std(0).mean() * feats.shape[1] ** 0.5)
 
 def watcher(cfg, largest: int = 5000):  # images in the bank
-    "Return a function from a backbone to its spread and its k-NN accuracy on validation."
-    parts = {s: load_split(cfg, s) for s in ('train', 'val')}
+    "Return a function from a backbone to its spread, and to the accuracy of k-NN and of a linear probe (C = 1) on validation."
+    images, labels = zip(*((x[:largest], y[:largest].numpy()) for x, y in (load_split(cfg, s) for s in ('train', 'val'))))
     def watch(body) -> dict:
-        feats = {s: infer(body, x[:largest], cfg) for s, (x, _) in parts.items()}
-        guess = knn(feats['train'], parts['train'][1][:largest], feats['val'], min(cfg.knn_k, len(feats['train'])))
-        return {'spread': spread(feats['val']), 'knn': float((guess == parts['val'][1][:largest].numpy()).mean())}
+        where, (bank, val) = device(cfg), (infer(body, x, cfg) for x in images)
+        near = knn(torch.from_numpy(bank).to(where), labels[0], val, min(cfg.knn_k, len(bank)))
+        linear = linear_probe(bank, labels[0], val, labels[1], strengths=(1.0,), max_iter=100, where=where)['val_accuracy']
+        return {'spread': spread(val), 'knn': float((near == labels[1]).mean()), 'linear': linear}
     return watch
 
 # %% ../nbs/A1_pretrain.ipynb #bed08821
 def self_supervise(images: Tensor,  # uint8 (n, 3, h, w), on the device
                    cfg, folder: Path, watch=None, on_epoch=None) -> dict:
-    "Pre-train a backbone on images alone; return its weights and the history. Continues from the checkpoint in `folder`."
+    "Pre-train a backbone on images alone; return its weights, those of the whole teacher, and the history. Continues from the checkpoint in `folder`."
     torch.manual_seed(cfg.seed)
-    settings, epochs = recipe(cfg), cfg.pretrain_epochs
-    loop = start(Student(settings), settings, epochs, max(1, len(images) // cfg.pretrain_batch), cfg.pretrain_lr, cfg.pretrain_lr)
+    settings, epochs, every = recipe(cfg), cfg.pretrain_epochs, max(1, cfg.pretrain_epochs // 20)
+    student = started_from(Student(settings), cfg.pretrain_from)
+    loop = start(student, settings, epochs, max(1, len(images) // cfg.pretrain_batch), cfg.pretrain_lr, cfg.pretrain_lr)
     if loop.accelerator.num_processes > 1: raise UserError('Pre-training runs in one process: start it without accelerate launch.')
     loop.ema.module.requires_grad_(False)
     load_checkpoint(loop, folder, 'pretrain')
-    forward, every = loop.model, max(1, epochs // 20)
-    while loop.epoch < epochs:
-        row = pretrain_epoch(loop, forward, images, epochs)
-        if watch and (loop.epoch % every == 0 or loop.epoch in (1, epochs)): row |= watch(loop.ema.module.backbone)
-        loop.history.append(row)
-        if loop.epoch % cfg.checkpoint_every == 0 and loop.epoch < epochs: save_checkpoint(loop, folder, 'pretrain')
-        (on_epoch or _tell)(cfg.pretrain_method, row, epochs)
-    return {'weights': {k: v.half() for k, v in loop.ema.module.backbone.state_dict().items()}, 'history': loop.history}
+    first = loop.epoch, loop.step
+    with Keeper(loop, Path(folder), 'pretrain') as keeper:
+        while loop.epoch < epochs:
+            clock = time.perf_counter()
+            row = pretrain_epoch(loop, loop.model, images, epochs, keeper.after_step)
+            if loop.epoch == first[0] + 1: quicken(loop, images, epochs, (time.perf_counter() - clock) / max(1, len(images) // cfg.pretrain_batch - first[1]))
+            if watch and (loop.epoch % every == 0 or loop.epoch in (1, epochs)): row |= watch(loop.ema.module.backbone)
+            loop.history.append(row)
+            keeper.after_epoch(epochs)
+            (on_epoch or _tell)(cfg.pretrain_method, row, epochs)
+    return taught(loop.ema.module.state_dict(), loop.history)
 
 def _tell(method: str, row: dict, epochs: int):
     "Report an epoch as progress."
     progress(f'pretrain ({method})', row['epoch'], epochs, f'loss {row["loss"]:.3f}' + (f', k-NN {100 * row["knn"]:.2f} %' if 'knn' in row else ''))
+
+def taught(teacher: dict, history: list) -> dict:
+    "Return what pre-training returns, in half precision: the backbone alone, and all from which it goes on another day."
+    half = {k: v.half() if v.is_floating_point() else v for k, v in teacher.items()}
+    return {'weights': {k.removeprefix('backbone.'): v for k, v in half.items() if k.startswith('backbone.')}, 'teacher': half, 'history': history}
+
+def so_far(folder: Path) -> dict:
+    "Return what the newest checkpoint of a pre-training that was stopped has come to. Raise `UserError` if there is none."
+    file = next(iter(checkpoints(folder, 'pretrain')), None)
+    if not file: raise UserError(f'There is no checkpoint of pre-training in {folder}.')
+    state = torch.load(file, map_location='cpu', weights_only=True)
+    return taught(state['ema'], json.loads(state['history']))
 
 # %% ../nbs/A1_pretrain.ipynb #7893c044
 def own(cfg):
     "Return the configuration with one of the book's own backbones, so that there is something to pre-train."
     return cfg if cfg.backbone.startswith('book-') else variant(cfg, backbone='book-cifar', image_size=32)
 
+def unlabelled_images(cfg) -> Tensor:  # uint8 (n, 3, h, w)
+    "Return the images that pre-training sees, on the device."
+    return on_device(_loaded(cfg.dataset, cfg.data_root, cfg.on_broken).images, unlabelled(cfg), device(cfg))
+
 @stage(reads=[DataConfig, ViewConfig, PretrainConfig, 'backbone', 'image_size', 'seed', 'precision', 'knn_k'], after=[splits])
 def pretrain(cfg, folder):
-    "Pre-train the backbone on the images of the training split, without their labels."
-    from dinocls.model import device
+    "Pre-train the backbone on images of the training split and, if `pretrain_size` says so, on others that are in no split; on no label."
     c = whole(cfg)
-    return self_supervise(load_split(c, 'train', device(c))[0], c, folder, watcher(c))
+    return self_supervise(unlabelled_images(c), c, folder, watcher(c))
 
 # %% ../nbs/A1_pretrain.ipynb #a96188d9
 def draw_watch(histories: dict):  # name → history
@@ -313,14 +364,12 @@ def pretrain_probe(cfg, folder):
 
 def probe_backbone(cfg, weights) -> dict:  # 'random', None for the shipped ones, or a path
     "Probe the frozen features of a backbone; return which images were answered right, by method and split."
-    from dinocls.model import device
     torch.manual_seed(cfg.seed)
     body = backbone(cfg.backbone, cfg.image_size, weights if weights is None else str(weights)).to(device(cfg))
     return probe_features({s: infer(body, load_split(cfg, s)[0], cfg) for s in ('train', 'val', 'test')}, cfg)
 
 def probe_features(feats: dict, cfg) -> dict:
     "Probe features, split → (n, dim); return which images were answered right, as `knn_val`, `knn_test`, `linear_val`, `linear_test`."
-    from dinocls.model import device
     labels = {s: load_split(cfg, s)[1].numpy() for s in feats}
     guesses, _ = probe_one(feats, labels, cfg.knn_k, device(cfg))
     return {f'{method}_{s}': guess == labels[s] for method, by_split in guesses.items() for s, guess in by_split.items()}

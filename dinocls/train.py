@@ -132,12 +132,15 @@ def joined(feats, accelerator):  # (b, …) → (b·processes, …)
     return torch.stack(shares, 1).flatten(0, 1)  # image i of process r is number i·n + r
 
 # %% ../nbs/04_train.ipynb #680ed13e
-def optimise(loop: Loop, loss: torch.Tensor) -> bool:
+def optimise(loop: Loop, loss: torch.Tensor,
+             wait: bool = True) -> bool:  # for the device to say whether the gradient is finite; if not, the device itself leaves the step out
     "Take one optimiser step down the gradient of a loss, schedule and average along; return whether it was taken: not if the gradient is not finite."
     acc = loop.accelerator
     acc.backward(loss)
     norm = acc.clip_grad_norm_(loop.trained.parameters(), loop.cfg.clip_norm or math.inf)
-    moves = bool(torch.isfinite(norm))
+    blind = not wait and not acc.scaler and loop.optimiser.defaults['fused']  # a fused step reads `found_inf` on the device
+    if blind: loop.optimiser.optimizer.found_inf = (~torch.isfinite(norm)).float()
+    moves = blind or bool(torch.isfinite(norm))
     if moves or acc.scaler: loop.optimiser.step()  # the scaler leaves out overflows by itself, and learns from them
     loop.optimiser.zero_grad()
     if not moves or acc.optimizer_step_was_skipped: return False
