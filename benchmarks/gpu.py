@@ -27,20 +27,20 @@ from statistics import median
 
 ROOT, MIB = Path(__file__).resolve().parents[1], 2**20
 OUT, LOG, STOCK = ROOT/'outputs', ROOT/'outputs'/'log.txt', '.gpu'
-CARRIED, PIECE, HOME, LARGEST, RECORD = 64 * MIB, 15 * MIB, 45 * MIB, 500_000, 20_000_000  # bytes: of a command, of a file that comes home, of all that does, of a file and all files of a run's record
+CARRIED, PIECE, HOME, LARGEST, RECORD = 64 * MIB, 15 * MIB, 58 * MIB, 500_000, 20_000_000  # bytes: of a command, of a file that comes home, of all that does, of a file and all files of a run's record
 START, TRANSFER, LAST, STOPPING = 120, 30, 15, 30  # seconds: until a machine is there; around a command; kept for packing; that a process has to stop
 MINUTES = {'speed': 2.5, 'pretrain': 4, 'book': 5}
 CHUNK, ROW, IMAGES, TRAINED = 2000, 50, 60_000, 45_000  # images of a file, in a row of its mosaic, of CIFAR-10, of the training split
-PROBES, REPORT, TRAININGS = 45, 20, 8  # seconds kept for probes, for the report; trainings of phase 2's length among the chapters that come first
+RESCUE, REPORT, TRAININGS = 25, 40, 8  # seconds kept for what is stopped, for the report; trainings of phase 2's length among the chapters that come first
 AHEAD = ('ensemble', 'direct_logits', 'siblings')  # stages that are begun beside the chapters which will ask for them
 LEFT_OUT = ('stages', 'html', 'production', 'index.html')  # of a run folder: caches, copies and weights
 FIRST, THEN = '5-8,10,12,14', '0-4,9,11,13,15,A1,A2'  # chapters
 PLATFORMS = ('manylinux_2_28_x86_64', 'manylinux_2_27_x86_64', 'manylinux_2_17_x86_64', 'manylinux2014_x86_64', 'manylinux1_x86_64')
-LARGE = {'model': 'dinov2_vitb14', 'side': 224, 'squares': (4096, 8192, 16384), 'sizes': (64, 256, 1024), 'presets': {'reference': 64, 'best': 256}, 'compile': True, 'lead': 2, 'steps': 6, 'rounds': 2,
-         'seconds': 0.5, 'cifar': {}, 'most': {'pretrain_epochs': 1000, 'phase2_epochs': 60}}
-TINY = {'model': 'book-digits', 'side': 32, 'squares': (64, 128), 'sizes': (2, 4), 'presets': {'reference': 2, 'best': 4}, 'compile': False, 'lead': 1, 'steps': 1, 'rounds': 1, 'seconds': 0.01,
-        'cifar': dict(train_size=400, val_size=100, test_size=200, batch_size=50, phase1_epochs=1, members=2, study_seeds=2, study_size=100, attention_images=20, corruption_images=12, benchmark_seconds=0.1,
-                      pretrain_batch=50, backbone='book-digits', lr_grid='((1e-4, 1e-2), (1e-2,))'), 'most': {'pretrain_epochs': 3, 'phase2_epochs': 2}}
+LARGE = {'model': 'dinov2_vitb14', 'side': 224, 'squares': (4096, 8192, 16384), 'sizes': (64, 256, 1024), 'presets': {'reference': 64, 'best': 256}, 'lead': 2, 'steps': 6, 'rounds': 2, 'seconds': 0.5,
+         'cifar': {'compile': 'on', 'at_once': 3}, 'most': {'pretrain_epochs': 1000, 'phase2_epochs': 60}, 'probes': 45, 'timed': 16}
+TINY = {'model': 'book-digits', 'side': 32, 'squares': (64, 128), 'sizes': (2, 4), 'presets': {'reference': 2, 'best': 4}, 'lead': 1, 'steps': 1, 'rounds': 1, 'seconds': 0.01,
+        'cifar': dict(compile='off', at_once=2, train_size=100, val_size=50, test_size=100, batch_size=25, phase1_epochs=1, members=2, study_seeds=2, study_size=50, attention_images=10, corruption_images=2,
+                      benchmark_seconds=0.1, pretrain_batch=25, lr_grid='((1e-4, 1e-2), (1e-2,))'), 'most': {'pretrain_epochs': 3, 'phase2_epochs': 1}, 'probes': 5, 'timed': 2}
 
 
 # Here, where there is a network
@@ -181,7 +181,7 @@ def check(size) -> dict:
     return found | ({} if chapter.returncode == 0 else {'fails': 'chapter 5 by papermill: ' + ' '.join(said.strip().splitlines()[-2:])})
 
 
-def epochs(size, steps: int = 16) -> dict:
+def epochs(size) -> dict:
     "Time epochs of pre-training and of phase 2 on some random images; return the seconds of one on the training split, and those before it."
     import numpy as np
     import torch
@@ -193,10 +193,10 @@ def epochs(size, steps: int = 16) -> dict:
     cfg = core.preset('cifar', **size['cifar'] | {'weights': 'random', 'pretrain_epochs': 4})
     where, trained, found = device(cfg), cfg.train_size or TRAINED, {}
     def timed(name, batch, training):
-        x, ends = np.random.default_rng(0).integers(0, 256, (steps * batch, 32, 32, 3), dtype=np.uint8), [time.perf_counter()]
+        x, ends = np.random.default_rng(0).integers(0, 256, (size['timed'] * batch, 32, 32, 3), dtype=np.uint8), [time.perf_counter()]
         with tempfile.TemporaryDirectory() as tmp: training(x, Path(tmp), lambda *_: ends.append(time.perf_counter()))
         best = min(b - a for a, b in zip(ends[1:], ends[2:]))
-        found[name] = {'epoch': best * trained / len(x), 'first': ends[1] - ends[0], 'rate': len(x) / best}
+        found[name] = {'epoch': best * trained / len(x), 'first': ends[-1] - ends[0] - best * (len(ends) - 1), 'rate': len(x) / best}
     def phase2(x, tmp, on_epoch):
         y, n = torch.arange(len(x)) % 10, max(1, len(x) * cfg.val_size // trained)
         fit(classifier(cfg, 10), (on_device(x, np.arange(len(x)), where), y.to(where)), (on_device(x, np.arange(n), where), y[:n].to(where)), cfg, epochs=3,
@@ -264,7 +264,7 @@ def augmentation(size) -> dict:
 
 def compiled(size) -> dict:
     "Measure training and inference once more, compiled."
-    if not size['compile']: return {'rows': [], 'training': []}
+    if size is TINY: return {'rows': [], 'training': []}  # minutes on a CPU
     return {'training': [step(size, 'best', 2, variant='compiled')], **inference(size, 'compiled')}
 
 
@@ -353,41 +353,31 @@ def preset(args, **more):
 
 
 def train_backbone(args):
-    "In a process of its own: pre-train, probe and publish into the results, or rescue what there is of it."
-    import torch  # noqa: F401  so that the hardware is known
-    from dinocls import core, pretrain
-    run = OUT/'pretrain'
-    n = core.read_json(run/'run.json')['config']['pretrain_epochs'] if (run/'run.json').exists() else fitting(args, 'pretrain_epochs', args.until - time.monotonic() - PROBES * (1 - 0.8 * args.tiny))
-    cfg = preset(args, pretrain_epochs=n, weights='random', out=str(run))
-    if not args.rescue: return pretrain.publish(cfg, OUT/'weights', study=False)
-    rescue(cfg, pretrain)
-
-
-def rescue(cfg, pretrain):
-    "Write the weights of a pre-training that was stopped, of its result or else of its newest checkpoint, with what is known of them."
-    import json
+    "In a process of its own: pre-train, probe and publish into the results; or else write there what a training that was stopped has come to."
     import torch
     from safetensors.torch import save_file
-    from dinocls import core
+    from dinocls import core, pretrain
     from dinocls.data import splits
-    from dinocls.train import checkpoints
-    stage, file = pretrain.pretrain, OUT/'weights'/f'{cfg.backbone}.safetensors'
-    if stage.is_done(cfg): weights, history = stage(cfg)['weights'], stage(cfg)['history']
-    else:
-        newest = checkpoints(stage.folder(cfg).with_suffix('.partial'), 'pretrain')[0]
-        state = torch.load(newest, map_location='cpu', weights_only=True)
-        weights, history = {k.removeprefix('backbone.'): v.half() for k, v in state['ema'].items() if k.startswith('backbone.')}, json.loads(state['history'])
-    with core.replacing(file) as tmp: save_file({k: v.contiguous() for k, v in weights.items()}, tmp)
-    core.write_json(file.with_suffix('.json'), {'backbone': cfg.backbone, 'sha256': core.file_digest(file), 'command': pretrain.command(cfg), 'seed': cfg.seed, 'config': core.stage_record(stage, cfg)['config'],
-                                                'data': splits(cfg)['fingerprint'], 'versions': core.versions(), 'hardware': core.hardware(), 'seconds': None, 'probes': [], 'study': [], 'history': history, 'stopped': True})
+    run, file, before = OUT/'pretrain', OUT/'weights'/'book-cifar.safetensors', OUT/'before'/'teacher.safetensors'
+    if not run.exists() and file.exists(): before.parent.mkdir(exist_ok=True), shutil.copyfile(file.with_stem('teacher'), before)  # of another day
+    known = core.read_json(run/'run.json')['config'] if (run/'run.json').exists() else {}
+    n = known.get('pretrain_epochs') or fitting(args, 'pretrain_epochs', args.until - time.monotonic() - (TINY if args.tiny else LARGE)['probes'])
+    cfg, stage = preset(args, pretrain_epochs=n, pretrain_from=f'outputs/before/{before.name}' if before.exists() else '', weights='random', out=str(run)), pretrain.pretrain
+    if not args.rescue: pretrain.publish(cfg, file.parent, study=False)
+    found = stage(cfg) if stage.is_done(cfg) else pretrain.so_far(stage.folder(cfg).with_suffix('.partial'))
+    for name in ('teacher', *(['book-cifar'] if args.rescue else [])):
+        with core.replacing(file.with_stem(name)) as tmp: save_file(found['teacher' if name == 'teacher' else 'weights'], tmp)
+    if args.rescue: core.write_json(file.with_suffix('.json'), {'backbone': cfg.backbone, 'sha256': core.file_digest(file), 'command': pretrain.command(cfg), 'seed': cfg.seed, **core.stage_record(stage, cfg), 'seconds': None,
+                                                                'data': splits(cfg)['fingerprint'], 'probes': [], 'history': found['history'], 'study': [], 'stopped': True})
 
 
 def pretrain(args, until: float):
-    "Pre-train for as long as there is time; what is stopped by its end is rescued."
+    "Pre-train for as long as there is time; what the end of it stops is rescued."
     restore(args)
-    words = [__file__, 'train_backbone', '--until', until, *(['--tiny'] if args.tiny else []), *(w for s in args.set for w in ('--set', s))]
-    status = child(words, until)
-    if status != 0 and (OUT/'pretrain').exists() and child([*words, '--rescue'], time.monotonic() + STOPPING) != 0: say('pretrain: nothing to rescue yet')
+    by = until - (5 if args.tiny else RESCUE)
+    words = [__file__, 'train_backbone', '--until', by, *['--tiny'] * args.tiny, *(w for s in args.set for w in ('--set', s))]
+    status = child(words, by)
+    if status != 0 and (OUT/'pretrain').exists() and child([*words, '--rescue'], time.monotonic() + 2 * STOPPING) != 0: say('pretrain: nothing to rescue yet')
     say('pretrain: ' + {0: 'done', None: 'stopped by the end of the time; the same command goes on'}.get(status, f'failed, see the log (status {status})'))
 
 
@@ -463,7 +453,7 @@ def record_of(run: Path) -> list[Path]:
 def pack(out: Path):
     "Gather speeds, weights and the run's record, and of the stages' results those that took longest for their size."
     runs = [run for run in OUT.glob('*/') if (run/'run.json').exists() and run.name != 'check']
-    files = [*(f for name in ('speed', 'plan', 'weights') for f in (OUT/name).glob('*')), *(f for run in runs for f in record_of(run)), *(f for run in runs for f in run.glob('stages/chapters/*'))]
+    files = [*(f for name in ('speed', 'plan', 'weights', 'before') for f in (OUT/name).glob('*')), *(f for run in runs for f in record_of(run)), *(f for run in runs for f in run.glob('stages/chapters/*'))]
     left = HOME - sum(f.stat().st_size for f in files)
     stages = [f.parent for run in runs for f in run.glob('stages/*/run.json') if f.parent.suffix != '.partial' and (run.name == 'pretrain' or not (OUT/'pretrain'/'stages'/f.parent.name).exists())]
     for folder in sorted(stages, key=worth, reverse=True):

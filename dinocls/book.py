@@ -416,6 +416,7 @@ def _run_locked(cfg: Config, chosen: list[Chapter], force: bool) -> int:
         return 130
     finally:
         if isinstance(show, Live): show.live.stop()
+        _note(cfg, run)
     _finish(cfg, run, time.time() - clock)
     return 0 if well else 1
 
@@ -437,12 +438,15 @@ def short(path: Path) -> str:
     return min(str(path), os.path.relpath(path), key=len)
 
 # %% ../nbs/15_book.ipynb #ceae38d3
-def _finish(cfg: Config, run: Run, spent: float):
-    "Record the chapters' times and memory, write the pages, and say where they are."
+def _note(cfg: Config, run: Run):
+    "Record the times and memory of the chapters that have ended."
     old = read_json(cfg.folder/'book.json') if (cfg.folder/'book.json').exists() else {}
     kept = old.get('chapters', {}) | {n: r for n, r in run.ended.items() if r['status'] != 'current'}
     write_json(cfg.folder/'book.json', {'chapters': {c.name: kept[c.name] for c in run.book if c.name in kept}, 'jobs': run.width,
                                         'hardware': core.hardware(), 'versions': core.versions(), 'git': core.git_commit()})
+
+def _finish(cfg: Config, run: Run, spent: float):
+    "Write the pages, and say where they are."
     page = write_pages(cfg, run.book)
     failed = [n for n, r in run.ended.items() if r['status'] in ('failed', 'skipped')]
     for n in failed: print(f'{n}: {_where(run.ended[n]) if run.ended[n]["status"] == "failed" else "skipped, it reads a chapter that failed"}')
