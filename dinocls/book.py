@@ -558,7 +558,7 @@ def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOpt
     from dinocls.model import backbone, weights_at_hand
     cfg = settings(preset, config, set or [], None)
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken)
-    print(f'{cfg.dataset}: {len(data.images):,} images are at hand.')
+    print(f'{_data_at_hand(cfg)}: {len(data.images):,} images.')
     backbone(cfg.backbone, cfg.image_size, cfg.weights or None)
     file = weights_at_hand(cfg.backbone, cfg.weights)
     print(f'{cfg.backbone}: {f"weights are at hand in {file}" if file else "random weights, nothing to fetch"}.')
@@ -723,8 +723,9 @@ def _data_at_hand(cfg: Config) -> str:
     from dinocls.data import at_hand, data_folder
     if cfg.dataset == 'digits': return 'digits, inside scikit-learn'
     if cfg.dataset == 'imagefolder': return f'{cfg.data_root or "data_root is not set"}{"" if Path(cfg.data_root or "/nowhere", "train").is_dir() else " (no train folder there)"}'
-    folder = data_folder(cfg.data_root)
-    return f'{cfg.dataset} in {folder}' if at_hand(cfg.dataset, cfg.data_root) else f'{cfg.dataset} is not in {folder} yet: dinocls download fetches it'
+    found = at_hand(cfg.dataset, cfg.data_root)
+    if found: return f'{cfg.dataset} in {found}'
+    return f'{cfg.dataset} is not in {data_folder(cfg.data_root)} yet: dinocls download fetches it'
 
 def _weights_at_hand(cfg: Config) -> str:
     "Say whether the configured weights are there, without fetching them."

@@ -193,7 +193,7 @@ class PretrainConfig:
     "How the book's own backbones learn without labels (appendix A1)."
     pretrain_method: str = 'dino'  # dino (a student learns from its own average) or simclr (contrast)
     pretrain_epochs: int = 100  # passes over these images
-    pretrain_size: int = 0  # images that pre-training sees, without their labels: those of the training split first, then others that are in no split; 0: the training split
+    pretrain_size: int = 0  # images seen without labels: the training split first, then such as are in no split; 0: that split
     pretrain_from: str = ''  # weights to go on from, of a backbone or of a whole teacher; empty: a fresh start
     pretrain_batch: int = 256  # images a step, two views each
     pretrain_lr: float = 1e-3  # peak rate
@@ -228,7 +228,8 @@ def _check_numbers(cfg):
     "Refuse numbers that no run could use."
     at_least_1 = ('batch_size image_size members study_seeds knn_k attention_images checkpoint_every phase1_epochs phase2_epochs '
                   'pretrain_epochs prototypes randaugment_ops bad_steps at_once')
-    not_negative = ('train_size val_size test_size study_size pretrain_size crop weight_decay label_smoothing focal_gamma hard_weight clip_norm mixup cutmix brightness contrast '
+    not_negative = ('train_size val_size test_size study_size pretrain_size crop weight_decay label_smoothing '
+                    'focal_gamma hard_weight clip_norm mixup cutmix brightness contrast '
                     'saturation phase1_lr lr_backbone lr_head split_seed seed pretrain_lr local_views koleo patch_loss view_aspect view_rotation '
                     'view_shear view_shift view_elastic view_noise view_grey view_ramp view_start micro_batch checkpoint_minutes lora_rank corruption_images')
     below_1 = ('erasing warmup label_smoothing ema_decay brightness contrast saturation teacher_momentum view_erasing view_brightness '

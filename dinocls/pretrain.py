@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STUDENT_TEMPERATURE', 'SCRATCH', 'STUDY', 'STUDY_EPOCHS', 'affine', 'bend', 'resample', 'view', 'view_strength',
-           'projection_head', 'Student', 'started_from', 'criteria', 'balanced', 'dino_loss', 'contrast_loss', 'recipe',
-           'momentum', 'draw_views', 'local_size', 'draw_task', 'pretrain_step', 'random_mask', 'forward_flops',
-           'step_flops', 'pretrain_epoch', 'quicken', 'certainty', 'spread', 'watcher', 'self_supervise', 'taught',
+           'projection_head', 'Student', 'criteria', 'balanced', 'dino_loss', 'contrast_loss', 'recipe', 'momentum',
+           'draw_views', 'local_size', 'draw_task', 'pretrain_step', 'random_mask', 'forward_flops', 'step_flops',
+           'pretrain_epoch', 'quicken', 'certainty', 'spread', 'watcher', 'started_from', 'self_supervise', 'taught',
            'so_far', 'own', 'unlabelled_images', 'pretrain', 'draw_watch', 'pretrain_probe', 'probe_backbone',
            'probe_features', 'probe_rows', 'pretrain_study', 'publish', 'command']
 
@@ -120,16 +120,6 @@ class Student(nn.Module):
         tokens = self.backbone.norm(self.backbone.blocks(self.backbone.norm_pre(self.backbone._pos_embed(tokens))))
         feats = tokens[:, 0]
         return feats, self.head(feats), None if mask is None else self.head(tokens[:, 1:][mask.flatten(1)])
-
-# %% ../nbs/A1_pretrain.ipynb #5fad87e2
-def started_from(student: Student, file: str) -> Student:  # the field `pretrain_from`; empty: as it is
-    "Give a student the weights of a file: the backbone's, and the rest as far as it is in there. Raise `UserError` if the backbone is another one."
-    if not file: return student
-    state, own = _read_weights(Path(file).expanduser()), student.state_dict()
-    _fit_weights(student.backbone, {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')} or state, file)
-    rest = {k: v for k, v in state.items() if not k.startswith('backbone.') and k in own and v.shape == own[k].shape}
-    student.load_state_dict(rest, strict=False)
-    return student
 
 # %% ../nbs/A1_pretrain.ipynb #ad52fd43
 STUDENT_TEMPERATURE = 0.1
@@ -259,10 +249,11 @@ def pretrain_epoch(loop: Loop, forward, images: Tensor, epochs: int,
 # %% ../nbs/A1_pretrain.ipynb #33fc271d
 def quicken(loop: Loop, images: Tensor, epochs: int, plain: float):  # seconds a step
     "Compile student and teacher for what is left of training, if asked or if it pays; the first epoch says what a step takes."
-    size, on = loop.cfg.batch_size, loop.cfg.compile
-    if on == 'auto': on = 'on' if compile_pays(loop, prepare(images[:size].repeat(2, 1, 1, 1), loop.cfg), (epochs - loop.epoch) * max(1, len(images) // size), plain) else 'off'
-    if on == 'on' and loop.epoch < epochs:
-        for net in (loop.model, loop.ema.module): net.compile(dynamic=False)  # a local view is another graph
+    size, left = loop.cfg.batch_size, epochs - loop.epoch
+    if loop.cfg.compile == 'off' or not left: return
+    x, steps = prepare(images[:size].repeat(2, 1, 1, 1), loop.cfg), left * max(1, len(images) // size)
+    if loop.cfg.compile == 'auto' and not compile_pays(loop, x, steps, plain): return
+    for net in (loop.model, loop.ema.module): net.compile(dynamic=False)  # a local view is another graph
 
 # %% ../nbs/A1_pretrain.ipynb #376aee86
 def certainty(answers: Tensor, cfg) -> dict:
@@ -285,6 +276,16 @@ def watcher(cfg, largest: int = 5000):  # images in the bank
         linear = linear_probe(bank, labels[0], val, labels[1], strengths=(1.0,), max_iter=100, where=where)['val_accuracy']
         return {'spread': spread(val), 'knn': float((near == labels[1]).mean()), 'linear': linear}
     return watch
+
+# %% ../nbs/A1_pretrain.ipynb #5fad87e2
+def started_from(student: Student, file: str) -> Student:  # the field `pretrain_from`; empty: as it is
+    "Give a student the weights of a file: the backbone's, and the rest as far as it is in there. Raise `UserError` if the backbone is another one."
+    if not file: return student
+    state, own = _read_weights(Path(file).expanduser()), student.state_dict()
+    _fit_weights(student.backbone, {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')} or state, file)
+    rest = {k: v for k, v in state.items() if not k.startswith('backbone.') and k in own and v.shape == own[k].shape}
+    student.load_state_dict(rest, strict=False)
+    return student
 
 # %% ../nbs/A1_pretrain.ipynb #bed08821
 def self_supervise(images: Tensor,  # uint8 (n, 3, h, w), on the device

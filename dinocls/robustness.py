@@ -18,8 +18,6 @@ import functools
 import hashlib
 import io
 import math
-import tarfile
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import UserError, digest, metric, nearest, progress, reason, replacing, stage, subplots, wilson
-from .data import Archive, _extract, _loaded, data_folder, fetch, load_split, splits
+from .data import Archive, _loaded, data_folder, fetch, load_split, splits, unpack
 from .ensemble import average_predictions, calibration_error, ensemble, member_configs
 from .model import device, features, infer
 from .phase1 import phase1_model
@@ -700,21 +698,12 @@ def cifar10_c(name: str,  # a corruption
     if name not in CORRUPTIONS: raise UserError(f'Unknown corruption {name!r}: {nearest(name, CORRUPTIONS)}')
     folder = data_folder(root)
     place = folder if (folder/'labels.npy').is_file() else folder/CIFAR10_C.folder
-    if not place.is_dir(): _unpack(folder, place)
+    if not place.is_dir(): unpack(*fetch('CIFAR-10-C', folder, (CIFAR10_C,)), folder)
     images, labels = _read_npy(place/f'{name}.npy', 4), np.asarray(_read_npy(place/'labels.npy', 1), np.int64)
     n = len(images) // 5
     if len(images) != 5 * n or len(labels) not in (n, 5 * n) or (labels.reshape(-1, n) != labels[:n]).any():
         raise UserError(f'{place/name}.npy has {len(images):,} images and labels.npy {len(labels):,} labels: expected five blocks of images in the order of the labels.')
     return images.reshape(5, n, *images.shape[1:]), labels[:n]
-
-def _unpack(folder: Path, place: Path):
-    "Unpack the archive of CIFAR-10-C beside itself, fetched if need be."
-    file, _ = fetch('CIFAR-10-C', folder, (CIFAR10_C,))
-    try:
-        with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=folder) as tmp:
-            _extract(file, CIFAR10_C, Path(tmp))
-            (Path(tmp)/CIFAR10_C.folder).rename(place)
-    except (OSError, EOFError, tarfile.TarError) as e: raise UserError(f'{file} cannot be unpacked into {folder} ({reason(e)}): free space there, or delete the file if it is damaged.') from None
 
 # %% ../nbs/12_robustness.ipynb #e4d7d323
 def cifar10_1(root: str = '', check: bool = True) -> tuple[np.ndarray, np.ndarray]:  # images uint8 (n, h, w, 3), labels (n,)

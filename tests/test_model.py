@@ -18,7 +18,10 @@ from dinocls.book import settings
 from dinocls.core import UserError
 from dinocls.model import BACKBONES, Classifier, add_lora, backbone, head, merge_lora, param_groups, random_backbone, weights_at_hand, weights_file
 
-KINDS = ('book-digits', 'dinov2_vits14', 'dinov2_vits14_reg', 'dinov3_vits16')
+KINDS = ('book-digits', 'book-stem', 'dinov2_vits14', 'dinov2_vits14_reg', 'dinov3_vits16')
+
+
+BACKBONES['book-stem'] = model.Backbone(96, 4, 4, 3, stem=(8, 16))  # as book-cifar, but narrow
 
 
 def small(name, **options):
@@ -149,6 +152,24 @@ def test_a_size_must_be_a_multiple_of_the_patch(name):
     patch = BACKBONES[name].patch
     with pytest.raises(UserError, match=f'use {3 * patch}'): model.outline(name, 3 * patch + 1)
     for n in (1, 3, 8): assert model.outline(name, n * patch).patch_embed.num_patches == n * n
+
+
+def test_a_convolutional_stem_gives_the_tokens_of_patches():
+    m = random_backbone('book-cifar', 32)
+    assert sum(p.numel() for p in m.parameters()) * 2 < 11.9e6  # half precision
+    free = random_backbone('book-stem', 32, dynamic_img_size=True)
+    for side in (8, 16, 32, 48):
+        assert free.forward_features(torch.randn(2, 3, side, side)).shape == (2, 1 + (side // 4) ** 2, 96)
+        assert random_backbone('book-stem', side).forward_features(torch.randn(1, 3, side, side)).shape[1] == 1 + (side // 4) ** 2
+    with pytest.raises(AssertionError): m(torch.randn(1, 3, 16, 16))  # one size, unless it was built for any
+    x = torch.randn(1, 3, 32, 32).requires_grad_()
+    embed = free.patch_embed.eval()
+    for layer in embed.proj:
+        if isinstance(layer, nn.GroupNorm): layer.forward = lambda x: x  # which every place has a share in
+    token = embed(x).flatten(1, 2)[0, 3 * 8 + 5]  # row 3, column 5
+    seen = torch.autograd.grad(token.sum(), x)[0].abs().sum((0, 1)) > 0
+    rows, columns = (torch.nonzero(seen.any(d)).flatten() for d in (1, 0))
+    assert 4 * 3 - 6 <= rows.min() <= 4 * 3 and rows.max() - rows.min() < 12 and 4 * 5 - 6 <= columns.min() <= 4 * 5, 'a token is at its place'
 
 
 def test_dinov3_in_its_authors_layout():

@@ -1,5 +1,8 @@
 "Pre-training without labels, and the weights that come with the package."
+import contextlib
+import dataclasses
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -7,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_package import BLOCKED
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dinocls import core, model, pretrain
+from dinocls import augment, core, model, pretrain
 from dinocls.core import UserError
-from dinocls.data import load_dataset, load_split, splits
+from dinocls.data import _loaded, load_dataset, load_split, splits
 
 SMALL = dict(train_size=60, pretrain_epochs=1, pretrain_batch=20)
 
@@ -25,24 +30,42 @@ def same(a, b): return all(torch.equal(v, b[k]) for k, v in a.items())
 
 @pytest.fixture
 def changed(monkeypatch):
-    "Let pre-training see splits that a function has changed."
-    def change(how): monkeypatch.setattr(pretrain, 'load_split', lambda cfg, name, device='cpu': how(name, *load_split(cfg, name, device)))
+    "Let pre-training see images and labels that a function has changed, split by split; the splits stay."
+    def change(how, cfg):
+        data, parts = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), {s: splits(cfg)[s] for s in ('train', 'val', 'test')}
+        images, labels = data.images.copy(), torch.from_numpy(data.labels.copy())
+        for name, index in parts.items():
+            x, y = how(name, torch.from_numpy(images[index]).permute(0, 3, 1, 2), labels[index])
+            images[index], labels[index] = x.permute(0, 2, 3, 1).numpy(), y
+        other = dataclasses.replace(data, images=images, labels=labels.numpy())
+        monkeypatch.setattr(pretrain, '_loaded', lambda *_: other)
+        monkeypatch.setattr(pretrain, 'load_split', lambda cfg, s: (torch.from_numpy(images[parts[s]]).permute(0, 3, 1, 2), labels[parts[s]]))
     return change
 
 
 def test_no_label_is_read(tmp_path, changed):
     cfg = core.preset('smoke', out=str(tmp_path/'true'), **SMALL)
     before = weights(cfg)
-    changed(lambda name, x, y: (x, y[torch.randperm(len(y))]))
+    changed(lambda name, x, y: (x, y[torch.randperm(len(y))]), cfg)
     assert same(before, weights(core.preset('smoke', out=str(tmp_path/'shuffled'), **SMALL)))
 
 
 def test_only_the_training_split_is_used(tmp_path, changed):
-    before = weights(core.preset('smoke', out=str(tmp_path/'true'), **SMALL))
-    changed(lambda name, x, y: (x if name == 'train' else torch.randint_like(x, 256), y))
+    cfg = core.preset('smoke', out=str(tmp_path/'true'), **SMALL)
+    before = weights(cfg)
+    changed(lambda name, x, y: (x if name == 'train' else torch.randint_like(x, 256), y), cfg)
     assert same(before, weights(core.preset('smoke', out=str(tmp_path/'noise'), **SMALL)))
-    changed(lambda name, x, y: (x.flip(-1), y))
+    changed(lambda name, x, y: (x.flip(-1), y), cfg)
     assert not same(before, weights(core.preset('smoke', out=str(tmp_path/'mirrored'), **SMALL)))
+
+
+def test_images_of_no_split_are_learned_from_as_well(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pretrain, 'self_supervise', lambda images, *_: seen.append(images) or {'weights': {}})
+    for size in (0, 150): pretrain.pretrain(core.preset('smoke', out=str(tmp_path/str(size)), **SMALL, pretrain_size=size))
+    train = load_split(core.preset('smoke', out=str(tmp_path/'0'), **SMALL), 'train')[0]
+    assert torch.equal(seen[0], train) and len(seen[1]) == 150
+    assert {x.numpy().tobytes() for x in train} <= {x.numpy().tobytes() for x in seen[1]}
 
 
 @pytest.mark.parametrize('options', [dict(patch_loss=1.0, koleo=0.1, local_views=2), dict(centring='mean', patch_loss=0.5), dict(pretrain_method='simclr'),
@@ -53,8 +76,128 @@ def test_each_option_trains_reproducibly(tmp_path, options):
     runs = []
     for i in range(2):
         cfg = core.preset('smoke', backbone='book-cifar', weights='random', out=str(tmp_path/str(i)), **SMALL | dict(pretrain_batch=6) | options)
-        runs.append(pretrain.self_supervise(images, cfg, tmp_path))
+        runs.append(pretrain.self_supervise(images, cfg, tmp_path/str(i)))
     assert same(runs[0]['weights'], runs[1]['weights']) and np.isfinite(runs[0]['history'][0]['loss'])
+
+
+METHODS = pytest.mark.parametrize('options', [{}, dict(pretrain_method='simclr'), dict(backbone='book-cifar', local_views=2, koleo=0.1), dict(centring='mean')])
+EVERYTHING = dict(pretrain_batch=8, weights='random', view_hue=0.1, view_grey=0.2, view_noise=0.1, view_erasing=0.2)
+
+
+class Watched(TorchDispatchMode):
+    "Raise where a GPU would make the host wait: for a number, for the places that a mask names, for what is copied to it from the host's memory."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before, (_, _, name) = tree_leaves((args, kwargs)), func._schema.name.rpartition('::')
+        places = args[1] if name.startswith('index') and isinstance(args[1], (list, tuple)) else ()
+        assert name not in ('_local_scalar_dense', 'nonzero', 'is_nonzero', 'equal', 'masked_select') and not any(torch.is_tensor(i) and i.dtype == torch.bool for i in places), f'{func} waits'
+        out = func(*args, **(kwargs or {}))
+        copied = any(torch.is_tensor(t) and t.device.type == 'cpu' and t.ndim for t in before) and any(torch.is_tensor(t) and t.is_meta for t in tree_leaves(out))
+        assert not copied, f'{func} copies from the host'
+        return out
+
+
+def a_loop(cfg):
+    settings = pretrain.recipe(cfg)
+    loop = pretrain.start(pretrain.Student(settings), settings, 1, 4, 1e-3, 1e-3)
+    loop.ema.module.requires_grad_(False)
+    loop.model.train(), loop.ema.module.train()
+    return loop
+
+
+@METHODS
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_a_step_does_not_wait_for_the_device(options, precision):
+    loop, images = a_loop(core.preset('smoke', precision=precision, **EVERYTHING | options)), torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    with Watched():
+        for done in (0.0, 0.5): pretrain.pretrain_step(loop, loop.model, images, torch.Generator().manual_seed(0), done)
+        with pytest.raises(AssertionError, match='waits'): pretrain.optimise(loop, loop.model(torch.randn(8, 3, 32, 32))[1].sum())
+
+
+@METHODS
+def test_views_and_loss_take_nothing_from_the_host(options, monkeypatch):
+    "On the device without memory, which refuses what lies elsewhere; copies are noticed."
+    numbers = lambda *shape, generator, kind=torch.rand: kind(shape, device='meta')
+    for module in (augment, pretrain): monkeypatch.setattr(module, 'random_numbers', numbers)
+    monkeypatch.setattr(torch, 'autocast', lambda *_, **__: contextlib.nullcontext())  # does not know that device
+    cfg, images = pretrain.recipe(core.preset('smoke', **EVERYTHING | options)), torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device='meta')
+    with torch.device('meta'): student = pretrain.Student(cfg)
+    with Watched():
+        views = pretrain.draw_views(images, cfg, None, 0.5)
+        loss, _ = pretrain.contrast_loss(student, views, cfg) if cfg.pretrain_method == 'simclr' else pretrain.dino_loss(student, student, views, cfg)
+        loss.backward()
+        with pytest.raises(AssertionError, match='copies from the host'): torch.ones(8).to('meta')
+    assert loss.is_meta
+
+
+def test_random_numbers_come_from_where_the_generator_is():
+    if not torch.cuda.is_available(): pytest.skip('no GPU')
+    drawn = augment.random_numbers(4, generator=torch.Generator('cuda').manual_seed(0))
+    assert drawn.is_cuda and torch.equal(drawn, augment.random_numbers(4, generator=torch.Generator('cuda').manual_seed(0)))
+
+
+class Stopped(Exception): pass
+
+
+@pytest.fixture
+def stoppable():
+    def stop(*_): raise Stopped
+    before = signal.signal(signal.SIGTERM, stop)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize('options', [dict(patch_loss=1.0), dict(pretrain_method='simclr')])
+@pytest.mark.parametrize('after', [1, 2, 3, 5])
+def test_a_stop_at_any_step_loses_nothing(options, after, tmp_path, monkeypatch, stoppable, capsys):
+    images, step, taken = load_split(core.preset('smoke', out=str(tmp_path/'run')), 'train')[0][:60], pretrain.pretrain_step, []
+    cfg = core.preset('smoke', out=str(tmp_path/'run'), **SMALL | dict(pretrain_epochs=2) | options)
+    (tmp_path/'a').mkdir(), (tmp_path/'b').mkdir()
+    whole = pretrain.self_supervise(images, cfg, tmp_path/'a')
+
+    def until(*args):
+        taken.append(1)
+        if len(taken) == after: signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(pretrain, 'pretrain_step', until)
+    with pytest.raises(Stopped): pretrain.self_supervise(images, cfg, tmp_path/'b')
+    assert len(taken) == after and 'stopped after step' in capsys.readouterr().out
+    halfway = pretrain.so_far(tmp_path/'b')
+    assert len(halfway['history']) == after // 3 and halfway['weights'].keys() == whole['weights'].keys()
+    again = pretrain.self_supervise(images, cfg, tmp_path/'b')
+    assert len(taken) == 6 and again['history'] == whole['history'] and all(same(whole[k], again[k]) for k in ('weights', 'teacher'))
+    with pytest.raises(UserError, match='no checkpoint of pre-training'): pretrain.so_far(tmp_path)
+
+
+@METHODS
+def test_training_goes_on_from_what_came_home(options, tmp_path, monkeypatch):
+    cfg = core.preset('smoke', weights='random', out=str(tmp_path/'run'), **SMALL | dict(pretrain_batch=6) | options)
+    images = load_split(core.preset('smoke', out=str(tmp_path/'run')), 'train')[0][:12]
+    (tmp_path/'a').mkdir()
+    home = pretrain.self_supervise(images, cfg, tmp_path/'a')
+    for part in ('weights', 'teacher'): save_file(home[part], tmp_path/f'{part}.safetensors')
+    assert (tmp_path/'weights.safetensors').stat().st_size <= 12e6 and (tmp_path/'teacher.safetensors').stat().st_size <= 16e6
+    start, begun = pretrain.start, []
+    monkeypatch.setattr(pretrain, 'start', lambda student, *args: begun.append({k: v.clone() for k, v in student.state_dict().items()}) or start(student, *args))
+    for i, part in enumerate(('', 'weights', 'teacher')):
+        (tmp_path/str(i)).mkdir()
+        pretrain.self_supervise(images, dataclasses.replace(cfg, pretrain_from=part and str(tmp_path/f'{part}.safetensors')), tmp_path/str(i))
+    fresh, bare, whole = begun
+    full = {k: v.float() if v.is_floating_point() else v for k, v in home['teacher'].items()}
+    assert whole.keys() == full.keys() and all(torch.equal(v, full[k]) for k, v in whole.items())
+    assert all(torch.equal(v, (full if k.startswith('backbone.') else fresh)[k]) for k, v in bare.items())
+    assert not torch.equal(fresh['backbone.norm.weight'], bare['backbone.norm.weight'])
+
+
+def test_what_training_goes_on_from_decides_the_key(tmp_path):
+    file = tmp_path/'w.safetensors'
+    keys = []
+    for value in (0.0, 1.0):
+        save_file({'norm.weight': torch.full((96,), value)}, file)
+        keys.append(pretrain.pretrain.key(core.preset('smoke', pretrain_from=str(file))))
+    assert len({*keys, pretrain.pretrain.key(core.preset('smoke'))}) == 3
+    with pytest.raises(UserError, match='of another model'): pretrain.started_from(pretrain.Student(core.preset('smoke')), str(file))
+    with pytest.raises(UserError, match='cannot be read'): pretrain.started_from(pretrain.Student(core.preset('smoke')), str(tmp_path/'none.safetensors'))
 
 
 @pytest.mark.parametrize('grid', [(1, 2), (2, 2), (4, 4)])
@@ -71,7 +214,7 @@ def test_local_views_need_room():
 
 
 @pytest.mark.parametrize('field, value', [('pretrain_method', 'byol'), ('centring', 'none'), ('pretrain_batch', 1), ('teacher_momentum', 0), ('teacher_momentum', 1),
-                                          ('teacher_temperature', 0), ('view_zoom', (0, 1)), ('projection', (64,)), ('prototypes', 0), ('view_rotation', -1)])
+                                          ('teacher_temperature', 0), ('contrast_temperature', 0), ('view_hue', 0.6), ('view_zoom', (0, 1)), ('projection', (64,)), ('prototypes', 0), ('view_rotation', -1)])
 def test_impossible_fields_are_refused(field, value):
     with pytest.raises(UserError, match=field): core.preset('smoke', **{field: value})
 
