@@ -10,8 +10,8 @@ __all__ = ['CHECKS', 'CHOICES', 'WHERE', 'PRESETS', 'KINDS', 'RUN_FORMAT', 'STAG
            'open_run', 'version', 'configure', 'progress', 'MissingPart', 'Result', 'save_result', 'View', 'whole',
            'variant', 'shipped', 'weights_digest', 'Stage', 'stage', 'run_stage', 'rank', 'stage_record', 'git_commit',
            'versions', 'hardware', 'cores', 'cpu_name', 'peak_memory', 'run_stages', 'metric', 'wilson',
-           'write_metrics', 'read_metrics', 'write_history', 'claim', 'Claims', 'write_claims', 'read_claims',
-           'subplots', 'save_figure', 'save_table']
+           'write_metrics', 'read_metrics', 'write_history', 'claim', 'beyond', 'with_interval', 'Claims',
+           'write_claims', 'read_claims', 'subplots', 'save_figure', 'save_table']
 
 # %% ../nbs/00_core.ipynb #9cf2e53f
 import ast
@@ -850,6 +850,17 @@ def claim(text: str,  # what is expected, in a sentence
           evidence: str) -> dict:  # the numbers behind it
     "Return one claim about a run."
     return {'claim': text, 'holds': None if holds is None else bool(holds), 'evidence': evidence}
+
+def beyond(low: float | None, high: float | None,  # an interval; None: there is none
+           bound: float = 0.0) -> bool | None:
+    "Tell whether an interval lies above a bound or below it; None if it holds the bound, so that nothing can be told."
+    return None if low is None or low <= bound <= high else low > bound
+
+def with_interval(value: float, low: float, high: float,  # fractions
+                  unit: str = '%') -> str:  # or points, of a difference
+    "Write a share, or a difference of two, with its 95 % interval."
+    a, b, c = (f'{100 * v:{"+" if unit == "points" else ""}.2f}' for v in (value, low, high))
+    return f'{a} {unit} (95 % interval {b} to {c})'
 
 class Claims(list):
     "A chapter's claims, shown with ✓, ✗ or ? and their evidence."

@@ -10,6 +10,7 @@ __all__ = ['JUDGES', 'confusion', 'pair_table', 'hard_pairs', 'border', 'confide
 
 # %% ../nbs/10_errors.ipynb #52f84fe0
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 
@@ -154,9 +155,13 @@ def judge_file(what: str, root: str = '') -> Path:  # a name in JUDGES; a folder
     if found: return found
     target = folders[-1]/name
     try:
-        with replacing(target) as tmp: _transfer(url, tmp)
+        with replacing(target) as tmp:
+            try: _transfer(url, tmp)
+            except (URLError, ConnectionError, TimeoutError) as e: raise ValueError(getattr(e, 'reason', e)) from None
     except (OSError, ValueError, UserError) as e:
-        raise UserError(f'{name} is not in {folders[0]} and could not be downloaded from {url.split("/")[2]} ({reason(getattr(e, "reason", e))}): connect to the network, or put the file of {url} there.') from None
+        host = url.split('/')[2]
+        raise UserError(f'{name} is not in {folders[0]} and could not be downloaded from {host} ({reason(e)}): '
+                        f'connect to the network, or put the file of {url} there.') from None
     return target
 
 # %% ../nbs/10_errors.ipynb #0bfd0b0a

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['fine_tune', 'phase2', 'with_weights', 'phase2_model', 'phase2_logits', 'direct', 'direct_logits', 'lora_config',
-           'draw_ways', 'mcnemar', 'class_table']
+           'draw_ways', 'mcnemar', 'mean_interval', 'gained', 'class_table']
 
 # %% ../nbs/06_phase2.ipynb #5f185f5b
+import numpy as np
+
 from .core import AugmentConfig, DataConfig, ModelConfig, Phase2Config, TrainConfig, stage, subplots, variant
 from .data import load_split, splits
 from .model import add_lora, classifier, device, merge_lora
@@ -77,6 +79,20 @@ def mcnemar(right_a, right_b) -> dict:
     only_a, only_b = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     return {'only_a': only_a, 'only_b': only_b, 'difference': (only_b - only_a) / len(right_a), 'p': float(p)}
+
+# %% ../nbs/06_phase2.ipynb #2d1b5e24
+def mean_interval(d: np.ndarray,  # (n,), one number an image
+                  ends: tuple | None = None,  # of the two images added; None: ± the largest difference, or `least`
+                  least: float = 1) -> tuple[float, float, float]:
+    "Return the mean over images with its 95 % interval, as if there were two images more."
+    most = max(least, np.abs(d).max())
+    more = np.append(np.asarray(d, np.float64), ends or (-most, most))
+    half = 1.959964 * more.std() / np.sqrt(len(more))
+    return float(np.mean(d)), float(more.mean() - half), float(more.mean() + half)
+
+def gained(right_a, right_b) -> tuple[float, float, float]:
+    "Return how much more accurate the second of two models is on the same images, with its paired 95 % interval."
+    return mean_interval(np.subtract(right_b, right_a, dtype=np.float64))
 
 # %% ../nbs/06_phase2.ipynb #64e4fcd6
 def class_table(logits, labels, classes: list) -> list[dict]:

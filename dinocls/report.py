@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'PROPORTIONS', 'REPORTED_N', 'SIDES', 'reference', 'written', 'find', 'with_zeros', 'compare', 'interval',
-           'other_setting', 'verdict', 'decimals', 'markdown_rows', 'contradictions', 'chart', 'own_point',
-           'draw_chart', 'results', 'schema', 'fill_blocks', 'readme_blocks', 'summary']
+           'other_setting', 'verdict', 'decimals', 'markdown_rows', 'listed', 'claims_rows', 'tally', 'contradictions',
+           'chart', 'own_point', 'draw_chart', 'results', 'schema', 'fill_blocks', 'readme_blocks', 'summary']
 
 # %% ../nbs/14_report.ipynb #b23b2c87
 import re
 
-from .core import Config, read_json, read_metrics, subplots, version, wilson, write_json
+from .core import Config, read_claims, read_json, read_metrics, subplots, version, wilson, write_json
 
 # %% ../nbs/14_report.ipynb #2ebbde4f
 def _row(section, item, reported, unit, chapter, name, split='test', **where) -> dict:
@@ -170,6 +170,24 @@ def markdown_rows(rows: list[dict]) -> str:
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
+# %% ../nbs/14_report.ipynb #bdb39599
+def listed(claims: dict) -> list[dict]:  # of `read_claims`
+    "Return the claims of all chapters as one list."
+    return [{'chapter': chapter, **c} for chapter, rows in claims.items() for c in rows]
+
+def claims_rows(rows: list[dict]) -> str:
+    "Write claims as a Markdown table."
+    marks = {True: '✓', False: '✗', None: '?'}
+    escaped = lambda text: text.replace('|', '\\|')
+    return '\n'.join(['| | chapter | claim | evidence |', '|---|---|---|---|'] + [
+        f'| {marks[r["holds"]]} | {r["chapter"]} | {escaped(r["claim"])} | {escaped(r["evidence"])} |' for r in rows])
+
+def tally(rows: list[dict]) -> str:
+    "Say how many claims hold, do not, and can't be told."
+    held, broken, open_ = (sum(r['holds'] is h for r in rows) for h in (True, False, None))
+    if not rows: return 'No chapter of this run made a claim.'
+    return f'{held} of {len(rows)} claims hold in this run, {broken} do not, and {open_} can\'t be told.'
+
 # %% ../nbs/14_report.ipynb #7ac96bb0
 def contradictions() -> list[dict]:
     "Return what in the reported numbers does not fit together: what is claimed, and what the numbers say."
@@ -248,7 +266,8 @@ def results(cfg: Config) -> dict:
     keep = ('stage', 'key', 'config', 'upstream', 'git', 'versions', 'hardware', 'seconds', 'peak_memory_mb', 'files')
     return {'run': cfg.folder.name, 'version': version(), 'preset': cfg.preset, 'config': read_json(cfg.folder/'run.json')['config'],
             'data': [read_json(p)['fingerprint'] for p in (cfg.folder/'stages').glob('splits-*/result.json')],  # SHA-256 of images and labels
-            'metrics': read_metrics(cfg), 'reported_and_measured': compare(cfg), 'contradictions': contradictions(), 'stages': [{k: r.get(k) for k in keep} for r in records]}
+            'metrics': read_metrics(cfg), 'reported_and_measured': compare(cfg), 'contradictions': contradictions(),
+            'claims': listed(read_claims(cfg)), 'stages': [{k: r.get(k) for k in keep} for r in records]}
 
 # %% ../nbs/14_report.ipynb #96342cbd
 def schema() -> dict:
@@ -259,10 +278,14 @@ def schema() -> dict:
     compared = record('section item reported unit measured low high n verdict why', section=text, item=text, unit=text, why=text, n=maybe('integer'),
                       reported={'anyOf': [number, {'type': 'array', 'items': number, 'minItems': 2, 'maxItems': 2}]}, measured=maybe('number'), low=maybe('number'), high=maybe('number'),
                       verdict={'enum': ['agrees', 'differs', 'not comparable', 'not run']})
+    made = record('chapter claim holds evidence', chapter=text, claim=text, evidence=text, holds=maybe('boolean'))
     step = record('stage key config upstream versions hardware seconds files', stage=text, key={'type': 'string', 'pattern': '^[0-9a-f]{64}$'}, config={'type': 'object'}, upstream={'type': 'object'},
                   git=text, versions={'type': 'object'}, hardware={'type': 'object'}, seconds=number, files={'type': 'object'})
-    whole = record('run version preset config data metrics reported_and_measured contradictions stages', run=text, version=text, preset=text, config={'type': 'object'}, data={'type': 'array', 'items': text},
+    whole = record('run version preset config data metrics reported_and_measured contradictions claims stages',
+                   run=text, version=text, preset=text, config={'type': 'object'},
+                   data={'type': 'array', 'items': text},
                    metrics={'type': 'array', 'items': metric}, reported_and_measured={'type': 'array', 'items': compared}, contradictions={'type': 'array', 'items': record('claim numbers', claim=text, numbers=text)},
+                   claims={'type': 'array', 'items': made},
                    stages={'type': 'array', 'items': step})
     return {'$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'What a run of dinocls knows of itself', **whole}
 

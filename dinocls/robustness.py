@@ -6,8 +6,8 @@
 __all__ = ['CORRUPTIONS', 'GOLDEN', 'MODELS', 'FOUR', 'CIFAR10_C', 'CIFAR10_1', 'Corruption', 'corruption', 'Draws',
            'gaussian_noise', 'shot_noise', 'impulse_noise', 'speckle_noise', 'gaussian_blur', 'defocus_blur',
            'glass_blur', 'motion_blur', 'zoom_blur', 'fog', 'frost', 'snow', 'spatter', 'brightness', 'saturate',
-           'contrast', 'pixelate', 'jpeg_compression', 'elastic_transform', 'corrupt', 'draw_grid', 'mean_interval',
-           'share', 'drop', 'views', 'contenders', 'answers', 'judge', 'evenly', 'robustness', 'rightness', 'all_right',
+           'contrast', 'pixelate', 'jpeg_compression', 'elastic_transform', 'corrupt', 'draw_grid', 'share', 'drop',
+           'views', 'contenders', 'answers', 'judge', 'evenly', 'robustness', 'rightness', 'all_right',
            'corruption_rows', 'benchmark', 'severity_rows', 'mean_corruption_error', 'calibration_rows', 'model_rows',
            'signed', 'verdict', 'by_corruption', 'cifar10_c', 'cifar10_1', 'published_c', 'published_1',
            'draw_severities', 'draw_heatmap', 'draw_models', 'draw_differences', 'draw_calibration', 'published_rows',
@@ -33,7 +33,7 @@ from .data import Archive, _loaded, data_folder, fetch, load_split, splits, unpa
 from .ensemble import average_predictions, calibration_error, ensemble, member_configs
 from .model import device, features, infer
 from .phase1 import phase1_model
-from .phase2 import phase2_model
+from .phase2 import mean_interval, phase2_model
 from .probe import knn, linear_probe
 
 # %% ../nbs/12_robustness.ipynb #e275f221
@@ -481,15 +481,6 @@ def draw_grid(image: Tensor, seed: int, title: str, severities=range(1, 6), colu
     return fig
 
 # %% ../nbs/12_robustness.ipynb #edbd9770
-def mean_interval(d: np.ndarray,  # (n,), one number an image
-                  ends: tuple | None = None,  # of the two images added; None: ± the largest difference seen, at least `least`
-                  least: float = 1) -> tuple[float, float, float]:
-    "Return the mean over images with its 95 % interval, as if there were two images more."
-    most = max(least, np.abs(d).max())
-    more = np.append(np.asarray(d, np.float64), ends or (-most, most))
-    half = 1.959964 * more.std() / np.sqrt(len(more))
-    return float(np.mean(d)), float(more.mean() - half), float(more.mean() + half)
-
 def share(right) -> np.ndarray:  # bool (..., n) → (n,)
     "Return the share of right answers to each image."
     return np.reshape(right, (-1, np.shape(right)[-1])).mean(0)

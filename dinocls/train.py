@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMPILE_CACHE', 'schedule', 'averaged', 'initial_share', 'Loop', 'start', 'Divided', 'joined', 'optimise', 'halve',
            'train_step', 'step_seed', 'Embedded', 'train_epoch', 'diagnosis', 'group_rates', 'accuracy_and_loss',
-           'evaluate', 'classification_metrics', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'Keeper',
-           'any_process', 'compile_key', 'passes', 'measure_compile', 'compile_pays', 'compile_backbone',
+           'evaluate', 'mean_auc', 'classification_metrics', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
+           'Keeper', 'any_process', 'compile_key', 'passes', 'measure_compile', 'compile_pays', 'compile_backbone',
            'shared_infer', 'val_logits', 'validate', 'fit']
 
 # %% ../nbs/04_train.ipynb #cdf7efd9
@@ -247,16 +247,25 @@ def evaluate(model: torch.nn.Module, images,  # uint8 (n, 3, h, w)
     logits = infer(model, images, cfg)
     return accuracy_and_loss(logits, labels) | {'logits': logits}
 
+# %% ../nbs/04_train.ipynb #9e9e4316
+def mean_auc(p: np.ndarray,  # (n, classes)
+             labels: np.ndarray) -> float:  # (n,); NaN if all are of one class
+    "Return the mean area under the ROC curve, each class against the rest; a class that no image has is left out."
+    from sklearn.metrics import roc_auc_score
+    mine = labels[:, None] == np.arange(p.shape[1])  # (n, classes)
+    told = np.flatnonzero(mine.any(0) & ~mine.all(0))
+    return float(np.mean([roc_auc_score(mine[:, c], p[:, c]) for c in told])) if len(told) else np.nan
+
 # %% ../nbs/04_train.ipynb #2470c3b9
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict:
     "Return accuracy, top-5, weighted F1, one-vs-rest ROC AUC (macro) and error rate, all as fractions."
     from scipy.special import softmax
-    from sklearn.metrics import f1_score, roc_auc_score
+    from sklearn.metrics import f1_score
     guess, p = logits.argmax(1), softmax(logits.astype(np.float64), axis=1)
     accuracy = float((guess == labels).mean())
     top5 = float((np.argsort(-logits, axis=1)[:, :5] == labels[:, None]).any(1).mean())
     return {'accuracy': accuracy, 'top5': top5, 'f1': float(f1_score(labels, guess, average='weighted')),
-            'roc_auc': float(roc_auc_score(labels, p, multi_class='ovr', labels=np.arange(logits.shape[1]))), 'error_rate': 1 - accuracy}
+            'roc_auc': mean_auc(p, labels), 'error_rate': 1 - accuracy}
 
 # %% ../nbs/04_train.ipynb #b0956f76
 def checkpoints(folder: Path, name: str) -> list[Path]:

@@ -138,7 +138,8 @@ def test_fetches_what_is_not_there(judges, tmp_path, monkeypatch):
 def test_offline_it_says_what_to_do(judges, monkeypatch):
     (judges/'cifar10h-counts.npy').unlink()
     monkeypatch.setattr(errors, 'JUDGES', errors.JUDGES | {'votes': ('cifar10h-counts.npy', 'http://127.0.0.1:9/cifar10h-counts.npy')})
-    with pytest.raises(core.UserError, match='cifar10h-counts.npy is not in .* could not be downloaded .*put the file'): errors.read_judges(str(judges))
+    with pytest.raises(core.UserError, match='cifar10h-counts.npy is not in .* could not be downloaded .*put the file') as told: errors.read_judges(str(judges))
+    assert 'Connection refused' in str(told.value) and 'Cannot write' not in str(told.value)
 
 
 @pytest.mark.parametrize('damage', [

@@ -41,6 +41,11 @@ def test_is_a_source(path):
 
 
 @BY_NAME
+def test_expects_the_same_of_every_preset(path):
+    assert not [source for kind, source, _ in cells(path) if kind == 'code' and re.search(r'\bif cfg\.preset\b', source)]
+
+
+@BY_NAME
 def test_says_what_it_costs(path):
     assert set(book.read_chapter(path).cost) == set(core.PRESETS)
 

