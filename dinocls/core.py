@@ -472,9 +472,9 @@ def _check_run(folder: Path, record: dict, wanted: dict):
         made = record.get('version', 'unknown') if isinstance(record, dict) else 'unknown'
         raise UserError(f'{folder} was written by another version of dinocls ({made}; this is {version()}): '
                         'choose a new folder with --out.')
-    had = record.get('config') or {}
-    other = [k for k in wanted if k not in had or had[k] != wanted[k]]
-    if other: raise UserError(f'{folder} holds a run with {other[0]}={had.get(other[0])!r}, this one has '
+    had = _plain(_fields(Config())) | (record.get('config') or {})  # a field that came later was at its default
+    other = [k for k in wanted if had[k] != wanted[k]]
+    if other: raise UserError(f'{folder} holds a run with {other[0]}={had[other[0]]!r}, this one has '
                               f'{other[0]}={wanted[other[0]]!r}: choose another folder with --out, or delete that one.')
 
 # %% ../nbs/00_core.ipynb #aa0f210b
