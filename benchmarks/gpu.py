@@ -46,7 +46,7 @@ MINUTES = {'speed': 2.5, 'pretrain': 4, 'book': 5}
 CHUNK, ROW, IMAGES, TRAINED = 2000, 50, 60_000, 45_000  # images of a file, of a row in it, of CIFAR-10, of its training split
 LEFT_OUT = ('stages', 'html', 'production', 'index.html')  # of a run folder: caches, copies and weights
 CHAPTERS = ('5-8,10,12,14', '0-4,9,11,13,15,A1,A2', '14')  # one group after the other
-AHEAD = ('ensemble', 'direct_logits', 'siblings')  # stages that are begun beside the chapters that will ask for them
+AHEAD = ('robustness', 'soup', 'siblings', 'direct_logits', 'look_alikes')  # stages begun beside the chapters that will ask for them
 SHOWN = ('accuracy', 'member_accuracy', 'probabilities_accuracy', 'knn:frozen', 'linear:frozen', 'mean_corruption')  # of the metrics
 TRAININGS = 8  # of phase 2's length, in the first group
 PLATFORMS = [f'manylinux{p}_x86_64' for p in ('_2_28', '_2_27', '_2_17', '2014', '1')]
@@ -419,12 +419,13 @@ def book(args, until: float):
     ahead = [begin(['-m', 'dinocls', 'stage', name, *options]) for name in AHEAD]
     try:
         for which in CHAPTERS:
-            by = until - (REPORT if which != CHAPTERS[-1] else 0)
-            status = child(['-m', 'dinocls', 'run', *options, '--chapters', which], by)
-            ended = core.read_json(run/'book.json')['chapters'] if status == 1 else {}
-            skipped = ','.join(name for name, r in ended.items() if r['status'] == 'skipped')
-            if skipped: child(['-m', 'dinocls', 'run', *options, '--chapters', skipped], by)
-            say(f'book: chapters {which}: ' + {0: 'done', 1: 'not all went well', None: 'stopped by the end of the time'}.get(status, f'status {status}'))
+            by, status, skipped = until - (REPORT if which != CHAPTERS[-1] else 0), 1, which
+            while status == 1 and skipped:  # each time at least one is tried
+                status = child(['-m', 'dinocls', 'run', *options, '--chapters', skipped], by)
+                ended = core.read_json(run/'book.json')['chapters'] if status == 1 else {}
+                skipped = ','.join(name for name, r in ended.items() if r['status'] == 'skipped')
+            how = {0: 'done', 1: 'not all went well', None: 'stopped by the end of the time'}
+            say(f'book: chapters {which}: {how.get(status, f"status {status}")}')
             pack(args.out)
     finally:
         for process in ahead: end(process)
