@@ -1,16 +1,12 @@
 """A quarter of an hour of a GPU, without a network and with few bytes to carry, in three commands.
 
-    python benchmarks/gpu.py prepare [--studies FOLDER] [--resume FOLDER]
-
-fills .gpu/ where there is a network, and says what to carry with which command, so that no command travels with more than 64 MiB. There:
-
+    python benchmarks/gpu.py prepare    where there is a network: fills .gpu/ and says what to carry with which command; then there:
     python3 benchmarks/gpu.py speed     tries everything at tiny size, then ViT-B/14 at 224: share of the measured peak, beside others, memory
     python3 benchmarks/gpu.py pretrain  makes CIFAR-10 of its parts, pre-trains `book-cifar` on the training images while there is time, probes it
     python3 benchmarks/gpu.py book      executes the book under `cifar`, the chapters that matter most first
 
 Each puts what has come outside of the checkout (--work), where it stays for the next. Whatever happens, what is worth keeping is in --out when the
-minutes are over; `--resume` goes on from it on another day, and what is there is not done again. `cat home-*.tgz | tar xzf - -C outputs` unpacks it.
---tiny tries all of it on any machine.
+minutes are over; `--resume` goes on from it on another day, and what is there is not done again. --tiny tries all of it on any machine.
 """
 import argparse
 import contextlib
@@ -28,7 +24,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -39,24 +34,24 @@ from dinocls.core import UserError
 
 OUT, STOCK = ROOT/'outputs', '.gpu'
 CARRIED, HOME, PIECE = 64 * MIB, 58 * MIB, 15 * MIB  # of a command, of all that comes home, of a file of it
-RECORD, LARGEST = 20_000_000, 500_000  # bytes of a run's record, of a file of it
+LARGEST = 500_000  # bytes of a file of a run's record
 START, TRANSFER, LAST = 120, 30, 15  # seconds until a machine is there, around a command, for packing
-STOPPING, RESCUE, REPORT = 30, 25, 40  # seconds that a process has to stop; kept for what was stopped, for the report
+STOPPING, RESCUE, REPORT = 30, 10, 40  # seconds that a process has to stop; kept for what was stopped, for the report
 MINUTES = {'speed': 2.5, 'pretrain': 4, 'book': 5}
 CHUNK, ROW, IMAGES, TRAINED = 2000, 50, 60_000, 45_000  # images of a file, of a row in it, of CIFAR-10, of its training split
 LEFT_OUT = ('stages', 'html', 'production', 'index.html')  # of a run folder: caches, copies and weights
-CHAPTERS = ('5-8,10,12,14', '0-4,9,11,13,15,A1,A2', '14')  # one group after the other
-AHEAD = ('robustness', 'soup', 'siblings', 'direct_logits', 'look_alikes')  # stages begun beside the chapters that will ask for them
+CHAPTERS = ('5-8,10,12', '14', '9,11,0-4,13,15,A1,A2', '14')  # one group after the other
+AHEAD = ('siblings', 'direct_logits', 'look_alikes')  # stages begun beside the chapters that will ask for them
 SHOWN = ('accuracy', 'member_accuracy', 'probabilities_accuracy', 'knn:frozen', 'linear:frozen', 'mean_corruption')  # of the metrics
 TRAININGS = 8  # of phase 2's length, in the first group
 PLATFORMS = [f'manylinux{p}_x86_64' for p in ('_2_28', '_2_27', '_2_17', '2014', '1')]
 LARGE = {'model': 'dinov2_vitb14', 'side': 224, 'squares': (4096, 8192, 16384), 'sizes': (64, 256, 1024),
-         'presets': {'reference': 64, 'best': 256}, 'lead': 2, 'steps': 6, 'rounds': 2, 'seconds': 0.5, 'timed': 16, 'probes': 45,
-         'most': {'pretrain_epochs': 1000, 'phase2_epochs': 60}, 'cifar': dict(compile='on', at_once=3)}
+         'presets': {'reference': 64, 'best': 256}, 'lead': 2, 'steps': 6, 'rounds': 2, 'seconds': 0.5, 'timed': 16, 'probes': 40,
+         'most': {'pretrain_epochs': 1000, 'phase2_epochs': 60}, 'compile': 'on', 'cifar': dict(at_once=3)}
 TINY = {'model': 'book-digits', 'side': 32, 'squares': (64, 128), 'sizes': (2, 4),
         'presets': {'reference': 2, 'best': 4}, 'lead': 1, 'steps': 1, 'rounds': 1, 'seconds': 0.01, 'timed': 2, 'probes': 5,
         'most': {'pretrain_epochs': 3, 'phase2_epochs': 1},
-        'cifar': dict(compile='off', at_once=2, train_size=100, val_size=50, test_size=100, batch_size=25, phase1_epochs=1,
+        'compile': 'off', 'cifar': dict(at_once=2, train_size=100, val_size=50, test_size=100, batch_size=25, phase1_epochs=1,
                       members=2, study_seeds=2, study_size=50, attention_images=10, corruption_images=2,
                       benchmark_seconds=0.1, pretrain_batch=25, lr_grid='((1e-4, 1e-2), (1e-2,))')}
 
@@ -93,7 +88,7 @@ def prepare(args):
     shutil.rmtree(stock := ROOT/STOCK, ignore_errors=True)
     (fresh := stock/'all').mkdir(parents=True)
     subprocess.run([sys.executable, '-m', 'pip', 'download', '-qq', '--no-deps', '--only-binary=:all:', '--implementation', 'cp', '-d', fresh,
-                    '--python-version', args.python, *(f'--platform={p}' for p in PLATFORMS), '-r', ROOT/'benchmarks'/'wheels.txt'], check=True)
+                    '--python-version', '3.12', *(f'--platform={p}' for p in PLATFORMS), '-r', ROOT/'benchmarks'/'wheels.txt'], check=True)
     data = load_dataset('cifar10')
     np.save(fresh/'labels.npy', data.labels.astype(np.uint8))
     for i in range(0, IMAGES, CHUNK):
@@ -137,8 +132,8 @@ def settle(args, until: float):
                    'DINOCLS_DATA': str(args.work/'data'), 'DINOCLS_HOME': str(book), 'PYTHONUNBUFFERED': '1', 'PYTHONWARNINGS': 'ignore',
                    'TORCHINDUCTOR_CACHE_DIR': str(args.work/'compiled')}
     os.chdir(book)
-    words = [sys.executable, str(book/'benchmarks'/'gpu.py'), *sys.argv[1:], '--until', str(until)]
-    os.execve(sys.executable, words, os.environ | environment)
+    words = [sys.executable, book/'benchmarks'/'gpu.py', *sys.argv[1:], '--out', args.out, '--work', args.work, '--until', until]
+    os.execve(sys.executable, [*map(str, words)], {'OMP_NUM_THREADS': str(max(1, core.cores() // 4))} | os.environ | environment)
 
 
 def say(text: str):
@@ -207,7 +202,8 @@ def epochs(size) -> dict:  # field → seconds of an epoch on the training split
     from dinocls.model import classifier, device
     from dinocls.pretrain import self_supervise, step_flops
     from dinocls.train import fit
-    cfg, found = core.preset('cifar', **size['cifar'], weights='random', pretrain_epochs=4), {}
+    cfg, found = core.preset('cifar', **size['cifar'], weights='random'), {}
+    quick = core.variant(cfg, pretrain_epochs=4, compile=size['compile'])
     where, trained = device(cfg), cfg.train_size or TRAINED
     def timed(name, batch, training):
         x, ends = torch.randint(0, 256, (size['timed'] * batch, 3, 32, 32), dtype=torch.uint8, device=where), [time.perf_counter()]
@@ -218,7 +214,7 @@ def epochs(size) -> dict:  # field → seconds of an epoch on the training split
         images, y, n = x.permute(0, 2, 3, 1).cpu().numpy(), torch.arange(len(x)) % 10, max(1, len(x) * cfg.val_size // trained)
         fit(classifier(cfg, 10), (images, y), (x[:n], y[:n].to(where)), cfg, epochs=3, lr_backbone=cfg.lr_backbone, lr_head=cfg.lr_head,
             folder=tmp, on_epoch=on_epoch)
-    timed('pretrain_epochs', cfg.pretrain_batch, lambda x, tmp, on_epoch: self_supervise(x, cfg, tmp, on_epoch=on_epoch))
+    timed('pretrain_epochs', cfg.pretrain_batch, lambda x, tmp, on_epoch: self_supervise(x, quick, tmp, on_epoch=on_epoch))
     timed('phase2_epochs', cfg.batch_size, phase2)
     found['pretrain_epochs']['gflop'] = step_flops(cfg) / 1e9  # of an image
     return found
@@ -254,6 +250,7 @@ def step(size, name: str, phase: int, **more) -> dict:
     "Take steps of a recipe's phase: images a second and peak memory."
     import train
     c = case(size, size['presets'][name], precision=core.preset(name).precision, variant='dinocls', phase=phase) | more
+    gc.collect()
     if train.GPU: train.torch.cuda.reset_peak_memory_stats()
     with contextlib.redirect_stdout(io.StringIO()) as told: rate = train.turn(train.ours(c), c)['rate']
     divided = ', batch divided' if 'memory ran out' in told.getvalue() else ''
@@ -286,9 +283,9 @@ def others(size, phase: int = 2) -> dict:
     import train
     c = case(size, max(size['presets'].values()))
     v = train.compare(c, phase)
-    said = lambda name: (f'{train.ratios(v["dinocls"]["rates"], v[name]["rates"])} as fast as {name}, {median(v[name]["rates"]):,.0f} images/s'
-                         if name in v and 'dinocls' in v else f'{name} fails here')
-    return {'variants': v, 'text': [f'Phase {phase}, batch {c["batch"]}: {said("tutorial")}; {said("timm")}.']}
+    said = [f'{train.ratios(v["dinocls"]["rates"], v[name]["rates"])} as fast as {name}' if {name, 'dinocls'} <= {*v} else f'{name} fails here'
+            for name in ('tutorial', 'timm')]
+    return {'variants': v, 'text': [f'Phase {phase}, batch {c["batch"]}: {"; ".join(said)}.']}
 
 
 def compiled(size) -> dict:
@@ -347,6 +344,7 @@ def restore(args):
 
 def fitting(args, field: str, left: float, trainings: float = 1) -> int:
     "Return how many epochs fit into some seconds, by the speed that was measured on this machine or is measured now."
+    import torch  # noqa: F401  else the hardware would lack the GPU
     size, known = TINY if args.tiny else LARGE, result('check')
     if known.get('hardware') != core.hardware(): known = epochs(size)
     plan = known[field]
@@ -363,15 +361,20 @@ def preset(args, **more):
 
 def train_backbone(args):
     "In a process of its own: pre-train, probe and publish; with --rescue, publish what a training that was stopped has come to."
-    import torch  # noqa: F401  for core.hardware
     from safetensors.torch import save_file
     from dinocls import pretrain
     from dinocls.data import splits
+    size = TINY if args.tiny else LARGE
     run, file, before = OUT/'pretrain', OUT/'weights'/'book-cifar.safetensors', OUT/'before'/'teacher.safetensors'
     if not run.exists() and file.exists(): before.parent.mkdir(exist_ok=True), shutil.copyfile(file.with_stem('teacher'), before)  # of another day
-    left = args.until - time.monotonic() - (TINY if args.tiny else LARGE)['probes']
-    n = core.read_json(run/'run.json')['config']['pretrain_epochs'] if (run/'run.json').exists() else fitting(args, 'pretrain_epochs', left)
-    cfg = preset(args, pretrain_epochs=n, weights='random', out=str(run), pretrain_from=f'outputs/before/{before.name}' if before.exists() else '')
+    if (run/'run.json').exists(): n = core.read_json(run/'run.json')['config']['pretrain_epochs']
+    else:
+        watch, body = pretrain.watcher(preset(args)), pretrain.backbone('book-cifar', 32, 'random').to(pretrain.device(preset(args)))
+        for _ in range(2): clock = time.monotonic(), watch(body)  # the first time is slower
+        watching = 22 * (time.monotonic() - clock[0])  # points of the curve
+        n = fitting(args, 'pretrain_epochs', args.until - time.monotonic() - watching - size['probes'])
+    cfg = preset(args, pretrain_epochs=n, pretrain_from=f'outputs/before/{before.name}' if before.exists() else '', weights='random',
+                 compile=size['compile'], out=str(run))
     stage = pretrain.pretrain
     if not args.rescue: pretrain.publish(cfg, file.parent, study=False)
     found = stage(cfg) if stage.is_done(cfg) else pretrain.so_far(stage.folder(cfg).with_suffix('.partial'))
@@ -386,7 +389,7 @@ def train_backbone(args):
 def pretrain(args, until: float):
     "Pre-train for as long as there is time; what the end of it stops is rescued."
     restore(args)
-    by = until - (5 if args.tiny else RESCUE)
+    by = until - RESCUE
     words = [__file__, 'train_backbone', '--until', by, *['--tiny'] * args.tiny, *(f'--set={s}' for s in args.set)]
     status = child(words, by)
     if status != 0 and (OUT/'pretrain').exists() and child([*words, '--rescue'], time.monotonic() + 2 * STOPPING) != 0: say('pretrain: nothing to rescue yet')
@@ -414,16 +417,14 @@ def book(args, until: float):
     name = re.search(r'\b[A-Z]+\d+\w*', told)  # as H100
     run = next(iter(OUT.glob('cifar-*')), OUT/f'cifar-{name[0].lower() if name else "cpu"}')
     cfg = chosen(args, run, until - time.monotonic())
-    for f in (OUT/'pretrain').glob('stages/*/run.json'): shutil.copytree(f.parent, run/'stages'/f.parent.name, copy_function=os.link, dirs_exist_ok=True)
+    for f in (OUT/'pretrain').glob('stages/*/run.json'):  # for appendix A1
+        if not (copy := run/'stages'/f.parent.name).exists(): shutil.copytree(f.parent, copy, copy_function=os.link)
     options = ['--preset', 'cifar', '--out', cfg.out, *(f'--set={field}' for field in core.shlex.split(core.format_overrides(cfg)))]
     ahead = [begin(['-m', 'dinocls', 'stage', name, *options]) for name in AHEAD]
     try:
         for which in CHAPTERS:
-            by, status, skipped = until - (REPORT if which != CHAPTERS[-1] else 0), 1, which
-            while status == 1 and skipped:  # each time at least one is tried
-                status = child(['-m', 'dinocls', 'run', *options, '--chapters', skipped], by)
-                ended = core.read_json(run/'book.json')['chapters'] if status == 1 else {}
-                skipped = ','.join(name for name, r in ended.items() if r['status'] == 'skipped')
+            by = until - REPORT * (which != '14')
+            status = child(['-m', 'dinocls', 'run', *options, '--eager', '--chapters', which, *['--force'] * (which == '14')], by)
             how = {0: 'done', 1: 'not all went well', None: 'stopped by the end of the time'}
             say(f'book: chapters {which}: {how.get(status, f"status {status}")}')
             pack(args.out)
@@ -432,23 +433,15 @@ def book(args, until: float):
 
 
 # Home
-def record_of(run: Path) -> list[Path]:
-    "Return the files of a run's record: executed chapters, figures, tables, metrics; none too large, the smaller ones as far as there is room."
-    files = (f for f in run.rglob('*') if f.is_file() and f.relative_to(run).parts[0] not in LEFT_OUT and not f.name.startswith('.'))
-    kept, used = [], 0
-    for f in sorted(files, key=lambda f: f.stat().st_size):
-        used += (size := f.stat().st_size)
-        if size <= LARGEST and used <= RECORD: kept.append(f)
-        else: say(f'{f.relative_to(OUT)} is left out: {size / 1e6:.1f} MB')
-    return kept
-
-
 def pack(out: Path):
     "Gather speeds, weights and the run's record, and of the stages' results those that took longest for their size."
     out.mkdir(parents=True, exist_ok=True)
-    runs = [f.parent for f in OUT.glob('*/run.json') if f.parent.name != 'check']
-    files = [f for name in ('speed', 'plan', 'weights', 'before') for f in (OUT/name).glob('*')]
-    files += [f for run in runs for f in (*record_of(run), *run.glob('stages/chapters/*'))]
+    runs = [f.parent for f in OUT.glob('*/run.json') if f.parent.name not in ('check', 'pretrain')]
+    files = [f for name in ('speed', 'plan', 'weights') for f in (OUT/name).glob('*')]
+    record = [f for run in runs for f in run.rglob('*') if f.is_file() and f.relative_to(run).parts[0] not in LEFT_OUT and not f.name.startswith('.')]
+    for f in record:
+        if f.stat().st_size > LARGEST: say(f'{f.relative_to(OUT)} is left out: {f.stat().st_size / 1e6:.1f} MB')
+    files += [*(f for f in record if f.stat().st_size <= LARGEST), *(f for run in runs for f in run.glob('stages/chapters/*'))]
     left = HOME - sum(f.stat().st_size for f in files)
     stages = [f.parent for run in runs for f in run.glob('stages/*/run.json') if f.parent.suffix != '.partial' and not f.parent.name.startswith('pretrain-')]
     size = {stage: sum(f.stat().st_size for f in stage.iterdir()) for stage in stages}
@@ -510,7 +503,6 @@ def main():
     parser.add_argument('--set', action='append', default=[], metavar='field=value', help='change a field of the preset cifar, may be repeated')
     parser.add_argument('--tiny', action='store_true', help='small models, few steps and images: to try all of it on any machine')
     parser.add_argument('--studies', type=place, help='prepare: folder of the studies of CIFAR-10\'s labels')
-    parser.add_argument('--python', default='3.12', help='prepare: Python there')
     parser.add_argument('--until', type=float, help=argparse.SUPPRESS)
     parser.add_argument('--rescue', action='store_true', help=argparse.SUPPRESS)
     args, begun = parser.parse_args(), time.monotonic()

@@ -389,12 +389,14 @@ def _left(self, job, state: dict) -> str:
 Live.left = _left
 
 # %% ../nbs/15_book.ipynb #8410f004
-def run_book(cfg: Config, which: str = '', force: bool = False) -> int:
+def run_book(cfg: Config, which: str = '', force: bool = False,
+             eager: bool = False) -> int:  # let chapters wait for the stages they need, and not for the chapters they read
     "Execute the chosen chapters of the book; return the exit status. Raise `UserError` before anything starts."
     from filelock import FileLock, Timeout
     try: import nbconvert, papermill  # noqa: F401  imported here once, inherited by each worker
     except ImportError: raise UserError("Executing the book needs papermill and Jupyter: pip install 'dinocls[book]'.") from None
     chosen = choose(chapters(), which)
+    if eager: chosen = [c if read_chapter(c.path).reads == ('all',) else replace(c, reads=()) for c in chosen]
     for c in chosen: check_parameters(c.path, parameters(cfg))
     folder = core.open_run(cfg)
     (folder/'stages').mkdir(exist_ok=True)
@@ -518,9 +520,10 @@ OutOption = Annotated[Path | None, typer.Option('--out', '-o', help='run folder;
 def run(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None,
         chapters: Annotated[str, typer.Option(help="which, as in '5-8,12'; default all")] = '',
         out: OutOption = None,
-        force: Annotated[bool, typer.Option('--force', help='compute anew what the chapters have stored')] = False):
+        force: Annotated[bool, typer.Option('--force', help='compute anew what the chapters have stored')] = False,
+        eager: Annotated[bool, typer.Option('--eager', help='start chapters at once, to wait for stages and not for chapters')] = False):
     "Execute chapters through papermill, side by side where they are independent."
-    raise typer.Exit(run_book(settings(preset, config, set or [], out), chapters, force))
+    raise typer.Exit(run_book(settings(preset, config, set or [], out), chapters, force, eager))
 
 # %% ../nbs/15_book.ipynb #233462e8
 @app.command()

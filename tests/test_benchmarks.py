@@ -178,7 +178,7 @@ def test_what_comes_home_goes_on(tmp_path, home, monkeypatch):
     monkeypatch.setattr(gpu.os, 'execve', lambda *_: None), monkeypatch.setattr(gpu.os, 'chdir', lambda _: None), monkeypatch.setattr(gpu, 'ROOT', tmp_path/'checkout')
     (carried := tmp_path/'checkout'/gpu.STOCK/'1').mkdir(parents=True)
     pieces[4].rename(carried/pieces[4].name)
-    gpu.settle(args := SimpleNamespace(work=tmp_path/'work', resume=None), 0)
+    gpu.settle(args := SimpleNamespace(work=tmp_path/'work', out=tmp_path/'out', resume=None), 0)
     there = lambda: {f.relative_to(tmp_path/'work'/'book'/'outputs').as_posix() for f in (tmp_path/'work'/'book'/'outputs').rglob('*') if f.is_file()}
     assert there() == set()  # four pieces are missing
     args.resume = tmp_path/'home'
