@@ -202,7 +202,8 @@ class PretrainConfig:
     prototypes: int = 1024  # outputs of the student's head
     centring: str = 'sinkhorn'  # what keeps the teacher from one answer for all: sinkhorn or mean
     teacher_temperature: float = 0.05  # below the student's 0.1: the teacher is surer
-    teacher_momentum: float = 0.99  # of the teacher, at the beginning; it rises to 1
+    teacher_momentum: float = 0.99  # of the teacher, at the beginning
+    teacher_rise: bool = True  # let it rise to 1 by the end, as DINO does; SimCLR's teacher is an average that teaches nobody
     local_views: int = 0  # further small views an image, which only the student sees
     koleo: float = 0.0  # weight of the loss that spreads embeddings
     patch_loss: float = 0.0  # weight of the loss on masked patches
@@ -328,7 +329,8 @@ _SMOKE = _DIGITS | dict(train_size=200, val_size=100, test_size=100, batch_size=
 _QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, study_size=256, corruption_images=80, benchmark_seconds=0.5, pretrain_epochs=16)
 _CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32, batch_size=512,
               phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=60, lr_backbone=1e-3, lr_head=1e-3, members=3, study_size=5000,
-              lr_pairs=((1e-2, 1e-2), (1e-4, 1e-2), (1e-3, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3, 1e-2), (1e-3, 1e-2)), pretrain_batch=512)
+              lr_pairs=((1e-2, 1e-2), (1e-4, 1e-2), (1e-3, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3, 1e-2), (1e-3, 1e-2)),
+              pretrain_method='simclr', pretrain_batch=256, view_hue=0.1, teacher_rise=False)  # by benchmarks/recipe.py; a GPU takes pretrain_batch=1024 pretrain_lr=2e-3
 _REFERENCE = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='dinov2_vitb14', image_size=224, batch_size=64,
                   precision='fp16', corruption_images=1000)
 _BEST = _REFERENCE | dict(corruption_images=2000, batch_size=256, precision='bf16', phase2_epochs=20, lr_backbone=1e-5, lr_head=1e-3, members=3)

@@ -194,7 +194,7 @@ def pretrain_step(loop: Loop, forward, images: Tensor, generator, done: float):
     cfg, (views, mask) = loop.cfg, draw_task(loop, images, generator, done)
     with loop.accelerator.autocast():
         loss, answers = contrast_loss(forward, views, cfg) if cfg.pretrain_method == 'simclr' else dino_loss(forward, loop.ema.module, views, cfg, mask)
-    loop.ema.decay = momentum(done, cfg.teacher_momentum)
+    loop.ema.decay = momentum(done, cfg.teacher_momentum) if cfg.teacher_rise else cfg.teacher_momentum
     optimise(loop, loss, wait=False)
     return loss.detach(), answers
 
@@ -253,6 +253,7 @@ def quicken(loop: Loop, images: Tensor, epochs: int, plain: float):  # seconds a
     if loop.cfg.compile == 'off' or not left: return
     x, steps = prepare(images[:size].repeat(2, 1, 1, 1), loop.cfg), left * max(1, len(images) // size)
     if loop.cfg.compile == 'auto' and not compile_pays(loop, x, steps, plain): return
+    torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
     for net in (loop.model, loop.ema.module): net.compile(dynamic=False)  # a local view is another graph
 
 # %% ../nbs/A1_pretrain.ipynb #376aee86
@@ -422,6 +423,7 @@ def publish(cfg, folder: Path | None = None,  # None: the package's
     record = {'backbone': cfg.backbone, 'sha256': made['files']['weights.safetensors']['sha256'], 'command': command(cfg), 'seed': cfg.seed,
               'config': {k: v for k, v in made['config'].items() if k != 'data_root'}, **{k: made[k] for k in ('versions', 'hardware', 'seconds')},
               'data': splits(cfg)['fingerprint'], 'probes': probe_rows(probes), 'history': result['history'], 'study': rows}
+    if cfg.pretrain_from: record['from_sha256'] = core.weights_digest(cfg.backbone, cfg.pretrain_from)
     with replacing(file) as tmp: tmp.write_bytes((result.folder/'weights.safetensors').read_bytes())
     write_json(file.with_suffix('.json'), record)
     return file

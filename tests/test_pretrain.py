@@ -20,6 +20,7 @@ from dinocls.core import UserError
 from dinocls.data import _loaded, load_dataset, load_split, splits
 
 SMALL = dict(train_size=60, pretrain_epochs=1, pretrain_batch=20)
+NOISE = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def weights(cfg): return pretrain.pretrain(cfg)['weights']
@@ -107,9 +108,9 @@ def a_loop(cfg):
 @METHODS
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_a_step_does_not_wait_for_the_device(options, precision):
-    loop, images = a_loop(core.preset('smoke', precision=precision, **EVERYTHING | options)), torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    loop = a_loop(core.preset('smoke', precision=precision, **EVERYTHING | options))
     with Watched():
-        for done in (0.0, 0.5): pretrain.pretrain_step(loop, loop.model, images, torch.Generator().manual_seed(0), done)
+        for done in (0.0, 0.5): pretrain.pretrain_step(loop, loop.model, NOISE[:8], torch.Generator().manual_seed(0), done)
         with pytest.raises(AssertionError, match='waits'): pretrain.optimise(loop, loop.model(torch.randn(8, 3, 32, 32))[1].sum())
 
 
@@ -147,12 +148,12 @@ def stoppable():
 
 
 @pytest.mark.parametrize('options', [dict(patch_loss=1.0), dict(pretrain_method='simclr')])
-@pytest.mark.parametrize('after', [1, 2, 3, 5])
+@pytest.mark.parametrize('after', [2, 3])  # within an epoch, and as it ends
 def test_a_stop_at_any_step_loses_nothing(options, after, tmp_path, monkeypatch, stoppable, capsys):
-    images, step, taken = load_split(core.preset('smoke', out=str(tmp_path/'run')), 'train')[0][:60], pretrain.pretrain_step, []
+    step, taken = pretrain.pretrain_step, []
     cfg = core.preset('smoke', out=str(tmp_path/'run'), **SMALL | dict(pretrain_epochs=2) | options)
     (tmp_path/'a').mkdir(), (tmp_path/'b').mkdir()
-    whole = pretrain.self_supervise(images, cfg, tmp_path/'a')
+    whole = pretrain.self_supervise(NOISE, cfg, tmp_path/'a')
 
     def until(*args):
         taken.append(1)
@@ -160,11 +161,11 @@ def test_a_stop_at_any_step_loses_nothing(options, after, tmp_path, monkeypatch,
         return step(*args)
 
     monkeypatch.setattr(pretrain, 'pretrain_step', until)
-    with pytest.raises(Stopped): pretrain.self_supervise(images, cfg, tmp_path/'b')
+    with pytest.raises(Stopped): pretrain.self_supervise(NOISE, cfg, tmp_path/'b')
     assert len(taken) == after and 'stopped after step' in capsys.readouterr().out
     halfway = pretrain.so_far(tmp_path/'b')
     assert len(halfway['history']) == after // 3 and halfway['weights'].keys() == whole['weights'].keys()
-    again = pretrain.self_supervise(images, cfg, tmp_path/'b')
+    again = pretrain.self_supervise(NOISE, cfg, tmp_path/'b')
     assert len(taken) == 6 and again['history'] == whole['history'] and all(same(whole[k], again[k]) for k in ('weights', 'teacher'))
     with pytest.raises(UserError, match='no checkpoint of pre-training'): pretrain.so_far(tmp_path)
 
@@ -172,21 +173,20 @@ def test_a_stop_at_any_step_loses_nothing(options, after, tmp_path, monkeypatch,
 @METHODS
 def test_training_goes_on_from_what_came_home(options, tmp_path, monkeypatch):
     cfg = core.preset('smoke', weights='random', out=str(tmp_path/'run'), **SMALL | dict(pretrain_batch=6) | options)
-    images = load_split(core.preset('smoke', out=str(tmp_path/'run')), 'train')[0][:12]
     (tmp_path/'a').mkdir()
-    home = pretrain.self_supervise(images, cfg, tmp_path/'a')
+    home = pretrain.self_supervise(NOISE[:12], dataclasses.replace(cfg, seed=7), tmp_path/'a')
     for part in ('weights', 'teacher'): save_file(home[part], tmp_path/f'{part}.safetensors')
     assert (tmp_path/'weights.safetensors').stat().st_size <= 12e6 and (tmp_path/'teacher.safetensors').stat().st_size <= 16e6
     start, begun = pretrain.start, []
     monkeypatch.setattr(pretrain, 'start', lambda student, *args: begun.append({k: v.clone() for k, v in student.state_dict().items()}) or start(student, *args))
     for i, part in enumerate(('', 'weights', 'teacher')):
         (tmp_path/str(i)).mkdir()
-        pretrain.self_supervise(images, dataclasses.replace(cfg, pretrain_from=part and str(tmp_path/f'{part}.safetensors')), tmp_path/str(i))
+        pretrain.self_supervise(NOISE[:12], dataclasses.replace(cfg, pretrain_from=part and str(tmp_path/f'{part}.safetensors')), tmp_path/str(i))
     fresh, bare, whole = begun
     full = {k: v.float() if v.is_floating_point() else v for k, v in home['teacher'].items()}
     assert whole.keys() == full.keys() and all(torch.equal(v, full[k]) for k, v in whole.items())
     assert all(torch.equal(v, (full if k.startswith('backbone.') else fresh)[k]) for k, v in bare.items())
-    assert not torch.equal(fresh['backbone.norm.weight'], bare['backbone.norm.weight'])
+    assert (fresh['backbone.blocks.0.attn.qkv.weight'] - bare['backbone.blocks.0.attn.qkv.weight']).abs().max() > 0.01
 
 
 def test_what_training_goes_on_from_decides_the_key(tmp_path):
