@@ -369,7 +369,8 @@ def train_backbone(args):
     if not run.exists() and file.exists(): before.parent.mkdir(exist_ok=True), shutil.copyfile(file.with_stem('teacher'), before)  # of another day
     if (run/'run.json').exists(): n = core.read_json(run/'run.json')['config']['pretrain_epochs']
     else:
-        watch, body = pretrain.watcher(preset(args)), pretrain.backbone('book-cifar', 32, 'random').to(pretrain.device(preset(args)))
+        watch, body = pretrain.watcher(trial := preset(args, out=str(OUT/'trial'))), pretrain.backbone('book-cifar', 32, 'random')
+        body.to(pretrain.device(trial))
         for _ in range(2): clock = time.monotonic(), watch(body)  # the first time is slower
         watching = 22 * (time.monotonic() - clock[0])  # points of the curve
         n = fitting(args, 'pretrain_epochs', args.until - time.monotonic() - watching - size['probes'])
@@ -436,7 +437,7 @@ def book(args, until: float):
 def pack(out: Path):
     "Gather speeds, weights and the run's record, and of the stages' results those that took longest for their size."
     out.mkdir(parents=True, exist_ok=True)
-    runs = [f.parent for f in OUT.glob('*/run.json') if f.parent.name not in ('check', 'pretrain')]
+    runs = [f.parent for f in OUT.glob('*/run.json') if f.parent.name not in ('check', 'trial', 'pretrain')]
     files = [f for name in ('speed', 'plan', 'weights') for f in (OUT/name).glob('*')]
     record = [f for run in runs for f in run.rglob('*') if f.is_file() and f.relative_to(run).parts[0] not in LEFT_OUT and not f.name.startswith('.')]
     for f in record:
