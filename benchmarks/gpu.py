@@ -37,7 +37,7 @@ CARRIED, HOME, PIECE = 64 * MIB, 58 * MIB, 15 * MIB  # of a command, of all that
 LARGEST = 500_000  # bytes of a file of a run's record
 START, TRANSFER, LAST = 120, 30, 15  # seconds until a machine is there, around a command, for packing
 STOPPING, RESCUE, REPORT = 30, 10, 40  # seconds that a process has to stop; kept for what was stopped, for the report
-MINUTES = {'speed': 2.5, 'pretrain': 4, 'book': 5}
+MINUTES = {'speed': 3, 'pretrain': 3.5, 'book': 5}
 CHUNK, ROW, IMAGES, TRAINED = 2000, 50, 60_000, 45_000  # images of a file, of a row in it, of CIFAR-10, of its training split
 LEFT_OUT = ('stages', 'html', 'production', 'index.html')  # of a run folder: caches, copies and weights
 CHAPTERS = ('5-8,10,12', '14', '9,11,0-4,13,15,A1,A2', '14')  # one group after the other
@@ -348,7 +348,8 @@ def fitting(args, field: str, left: float, trainings: float = 1) -> int:
     size, known = TINY if args.tiny else LARGE, result('check')
     if known.get('hardware') != core.hardware(): known = epochs(size)
     plan = known[field]
-    n = max(1, min(size['most'][field], int((left - plan['first']) / trainings / plan['epoch'])))
+    # what was compiled once comes out of a cache: half of the seconds before the first epoch at speed
+    n = max(1, min(size['most'][field], int((left - plan['first'] / 2) / trainings / plan['epoch'])))
     print(f'{field}={n}: {plan["epoch"]:.2f} s each, and {plan["first"]:.0f} s', flush=True)
     core.write_json(OUT/'plan'/f'{field}.json', plan | {'epochs': n})
     return n

@@ -152,9 +152,9 @@ def test_parts_become_the_binary_version_again(tmp_path, monkeypatch):
 
 
 def test_as_many_epochs_as_fit_by_what_this_machine_was_measured_at(home, monkeypatch):
-    args, plan = SimpleNamespace(tiny=False), {'pretrain_epochs': {'epoch': 2.0, 'first': 10.0}}
+    args, plan = SimpleNamespace(tiny=False), {'pretrain_epochs': {'epoch': 2.0, 'first': 20.0}}
     core.write_json(home/'speed'/'check.json', plan | {'hardware': core.hardware()})
-    monkeypatch.setattr(gpu, 'epochs', lambda size: {'pretrain_epochs': {'epoch': 4.0, 'first': 10.0}})
+    monkeypatch.setattr(gpu, 'epochs', lambda size: {'pretrain_epochs': {'epoch': 4.0, 'first': 20.0}})
     assert gpu.fitting(args, 'pretrain_epochs', 110) == 50 and gpu.fitting(args, 'pretrain_epochs', 110, trainings=5) == 10
     assert gpu.fitting(args, 'pretrain_epochs', 3) == 1 and gpu.fitting(args, 'pretrain_epochs', 1e9) == 1000
     core.write_json(home/'speed'/'check.json', plan | {'hardware': {'gpu': 'another'}})
