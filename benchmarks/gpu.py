@@ -242,7 +242,7 @@ def inference(size, batches=None, wrap=lambda model: model, how: str = '') -> di
         images = torch.randint(0, 256, (4 * batch, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
         infer(model, images, cfg, batch)
         rate = len(images) / seconds(lambda: infer(model, images, cfg, batch), size['seconds'])
-        rows.append({'work': f'inference, {precision(cfg, DEVICE)}{how} (aim: 60 %)', 'batch': batch, 'rate': rate, 'passes': 1})
+        rows.append({'work': f'inference, {precision(cfg, DEVICE)}{how} (aim: 60 %)', 'batch': batch, 'rate': rate, 'passes': size is LARGE})
     return {'rows': rows}
 
 
@@ -256,7 +256,7 @@ def step(size, name: str, phase: int, **more) -> dict:
     divided = ', batch divided' if 'memory ran out' in told.getvalue() else ''
     how = ', compiled' if c['variant'] == 'compiled' else ''
     return {'work': f'`{name}`, phase {phase}, {c["precision"]}{how}{divided}' + (' (aim: 50 %)' if phase == 2 else ''), 'batch': c['batch'],
-            'rate': rate, 'passes': 3 if phase == 2 else 1, 'peak_mb': core.peak_memory()['gpu' if train.GPU else 'resident'], 'of': f'{name} {phase}'}
+            'rate': rate, 'passes': (size is LARGE) * (3 if phase == 2 else 1), 'peak_mb': core.peak_memory()['gpu' if train.GPU else 'resident'], 'of': f'{name} {phase}'}
 
 
 def training(size) -> dict:
@@ -478,15 +478,15 @@ def report() -> list[str]:
     text += [f'- {r["chapter"]}, {r["metric"]}: {100 * r["value"]:.2f} % of {r["n"]:,} test images' for rows in read('cifar-*/*/metrics.json') for r in rows
              if r['split'] == 'test' and r['metric'] in SHOWN and r['value'] is not None]
     claims = [c['holds'] for rows in read('cifar-*/*/claims.json') for c in rows]
-    return [*text, f'- Claims: {claims.count(True)} hold, {claims.count(False)} do not, {claims.count(None)} cannot be told']
+    return text + [f'- Claims: {claims.count(True)} hold, {claims.count(False)} do not, {claims.count(None)} cannot be told'] * bool(claims)
 
 
 def bring_home(args, begun: float):
     "Put what is worth keeping, the log and a short report into --out, and print the report."
     pack(args.out)
+    shutil.copyfile(OUT/'log.txt', args.out/'log.txt')
     text = '\n'.join(report()) + '\n'
     (args.out/'gpu.md').write_text(text, encoding='utf-8')
-    shutil.copyfile(OUT/'log.txt', args.out/'log.txt')
     print(f'{text}\n{args.command}: {time.monotonic() - begun:.0f} s; ' + ', '.join(f'{f.name} {f.stat().st_size / 1e6:.1f} MB' for f in sorted(args.out.iterdir())), flush=True)
 
 
