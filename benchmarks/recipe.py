@@ -92,12 +92,14 @@ def attempt(name: str, changes: dict, data: str) -> dict:
 
 
 def untrained(data: str) -> list[dict]:
-    "Return what raw pixels and random weights score."
-    cfg = config({}, data)
-    images, labels = parts(cfg)
-    torch.manual_seed(cfg.seed)
-    body = random_backbone(cfg.backbone, cfg.image_size)
-    found = {'raw pixels': {s: x.flatten(1).float().numpy() / 255 for s, x in images.items()}, 'random weights': {s: infer(body, x, cfg) for s, x in images.items()}}
+    "Return what raw pixels score, and random weights with either stem."
+    images, labels = parts(config({}, data))
+    found = {'raw pixels': {s: x.flatten(1).float().numpy() / 255 for s, x in images.items()}}
+    for name, changes in (('random weights, convolutional stem', {}), ('random weights, plain patches', PLAIN)):
+        cfg = config(changes, data)
+        torch.manual_seed(cfg.seed)
+        body = random_backbone(cfg.backbone, cfg.image_size)
+        found[name] = {s: infer(body, x, cfg) for s, x in images.items()}
     return [{'name': name, 'changes': {}, 'epochs': 0, 'steps': 0, 'tflops': 0.0, 'seconds': 0.0, **score(feats, labels)} for name, feats in found.items()]
 
 

@@ -196,7 +196,7 @@ def test_weight_decay_acts_on_matrices_only(name):
         assert (g['weight_decay'] == 0) == ('no decay' in g['name']) and g['lr'] == (1e-4 if g['name'].startswith('head') else 1e-6)
         for n in (names[id(p)] for p in g['params']):
             assert n.startswith(g['name'].split(',')[0])
-            assert ('no decay' in g['name']) == bool(re.search(r'(bias|norm\d?\.weight|gamma(_\d)?|cls_token|reg_token|pos_embed|latent|head\.2\.weight)$', n)), n
+            assert ('no decay' in g['name']) == bool(re.search(r'(bias|norm\d?\.weight|gamma(_\d)?|cls_token|reg_token|pos_embed|latent|head\.2\.weight|patch_embed\.proj\.[14]\.weight)$', n)), n
 
 
 @pytest.mark.parametrize('name', KINDS)
