@@ -5,9 +5,9 @@
 Phase 1 trains the head on a frozen backbone, phase 2 everything; the model has random weights, the images are random, uint8, 32×32.
 dinocls:   `train_epoch` as `fit` calls it: `Loader`, augmentation, MixUp and CutMix, clipping, averaged weights, in the precision that it chooses by
            itself, not compiled.
-tutorial:  PIL and torchvision (padded crop, flip, colour, resize, Random Erasing) in a DataLoader with 2 workers that stay, fp32, torch's AdamW, cross
+tutorial:  PIL and torchvision (padded crop, flip, colour, resize, Random Erasing) in a DataLoader with a worker for two cores, fp32, torch's AdamW, cross
            entropy with smoothed labels, the frozen part by `requires_grad=False`. Nothing is mixed, clipped or averaged.
-timm:      timm's `create_loader` with PIL and 2 workers, `Mixup`, `SoftTargetCrossEntropy`, `create_optimizer_v2`, `dispatch_clip_grad`, `ModelEmaV3`,
+timm:      timm's `create_loader` with PIL and as many workers, `Mixup`, `SoftTargetCrossEntropy`, `create_optimizer_v2`, `dispatch_clip_grad`, `ModelEmaV3`,
            fp32 on a CPU and bf16 on a GPU, as its train.py does with `--amp --amp-dtype bfloat16`.
 Each variant has a process of its own, so that the peak of memory is its own; those of one phase take turns, an epoch each a round, while the others
 sleep. The first round warms up and is not counted, nor are the first steps of an epoch where steps are short. Ratios are taken within a round.
@@ -27,10 +27,10 @@ import torch
 from dinocls import core
 from dinocls.augment import MEAN, STD
 from dinocls.data import Loader
-from dinocls.model import autocast, classifier, infer, precision
+from dinocls.model import autocast, classifier, precision
 from dinocls.train import Divided, Embedded, compile_backbone, start, train_epoch
 
-GPU, WORKERS, CLASSES = torch.cuda.is_available(), 2, 10
+GPU, WORKERS, CLASSES = torch.cuda.is_available(), max(2, core.cores() // 2), 10
 DEVICE, SYNC = torch.device('cuda' if GPU else 'cpu'), torch.cuda.synchronize if GPU else lambda: None
 FIELDS = ('model', 'side', 'batch', 'lead', 'steps', 'rounds', 'options')  # lead: steps of an epoch that are not counted; steps: those of phase 2 that are
 CASES = [dict(zip(FIELDS, values)) for values in (
@@ -38,14 +38,14 @@ CASES = [dict(zip(FIELDS, values)) for values in (
     [('book-digits', 32, 64, 8, 40, 5, True), ('dinov2_vits14', 224, 16, 0, 1, 3, True), ('dinov2_vitb14', 224, 8, 0, 1, 3, False)])]
 STORED = dict(lead=8, steps=100)  # steps on stored embeddings are short, whatever the model
 OPTIONS = {'compiled': {'compile': 'on'}, 'gradient checkpointing': {'gradient_checkpointing': True}, 'half a batch at once': {'micro_batch': 0.5}}
-GFLOP = 46.3  # of ViT-B/14 at 224, an image forward; training takes three times as many
+GFLOP = 46.3  # of ViT-B/14 at 224, an image forward; training takes three times as many (gpu.py)
 
 
 def config(case):
     "Return the configuration of a case."
     changes = OPTIONS.get(case.get('variant'), {})
     if 'micro_batch' in changes: changes = {'micro_batch': case['batch'] // 2}
-    return core.preset('reference', backbone=case['model'], weights='random', image_size=case['side'], batch_size=case['batch'], precision='auto', device=DEVICE.type, **changes)
+    return core.preset('reference', backbone=case['model'], weights='random', image_size=case['side'], batch_size=case['batch'], precision=case.get('precision', 'auto'), device=DEVICE.type, **changes)
 
 
 def images(case):
@@ -189,21 +189,6 @@ def patches(case):
     print(json.dumps({name: median(times[2:]) for name, times in found.items()}), flush=True)
 
 
-def limits(case):
-    "In a process of its own, on a GPU: tell TFLOP a second of a product of matrices in bf16, and images a second of inference."
-    def rate(f, work, n=20):
-        for _ in range(3): f()
-        SYNC()
-        clock = time.perf_counter()
-        for _ in range(n): f()
-        SYNC()
-        return n * work / (time.perf_counter() - clock)
-    a, b = (torch.randn(8192, 8192, device='cuda', dtype=torch.bfloat16) for _ in 'ab')
-    cfg = config(case)
-    model, x = classifier(cfg, CLASSES).to(DEVICE), torch.randint(0, 256, (4096, 3, 32, 32), dtype=torch.uint8, device='cuda')
-    print(json.dumps({'peak': rate(lambda: a @ b, 2 * 8192**3 / 1e12, 50), 'inference': rate(lambda: infer(model, x, cfg), len(x), 5)}), flush=True)
-
-
 def child(work: str, case: dict):
     "Start a process for one variant."
     return subprocess.Popen([sys.executable, __file__, work, json.dumps(case)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -221,7 +206,7 @@ def answer(process, ask: bool = True) -> dict:
 
 def compare(case: dict, phase: int) -> dict:  # variant → {'rates': images a second in each counted round, 'seconds': of each epoch, the first one too, 'peak', …}
     "Let the variants of a phase take turns; those that fail are left out."
-    names = ['dinocls', 'tutorial', 'timm', *(['stored'] if phase == 1 else OPTIONS if case['options'] else [])]
+    names = ['dinocls', 'tutorial', 'timm', *(['stored'] * case.get('stored', True) if phase == 1 else OPTIONS if case['options'] else [])]
     cases = {name: {**case, 'variant': name, 'phase': phase, **(STORED if name == 'stored' else {'steps': case['steps'] * (2 if phase == 1 else 1)})} for name in names}
     processes = {name: child('measure', cases[name]) for name in names}
     try:
@@ -282,19 +267,6 @@ def remarks(found: list) -> list[str]:
     return lines
 
 
-def on_gpu(found: list) -> list[str]:
-    "Return what share of a GPU's peak ViT-B/14 reaches, as lines of the report."
-    if not GPU: return ['No GPU was at hand: the shares of the bf16 peak that ViT-B/14 reaches (aims: 50 % in training, 60 % in inference) are not measured.']
-    best = max(((case, phase, v) for case, phase, v in found if case['model'] == 'dinov2_vitb14' and phase == 2), key=lambda f: median(f[2]['dinocls']['rates']), default=None)
-    if not best: return []
-    case, _, variants = best
-    name, rate = max(((n, median(variants[n]['rates'])) for n in ('dinocls', 'compiled') if n in variants), key=lambda f: f[1])
-    told = answer(child('limits', case), ask=False)
-    share = lambda images, passes: f'{100 * images * passes * GFLOP / 1e3 / told["peak"]:.0f} %'
-    return [f'A product of matrices (8192, bf16) reaches {told["peak"]:.0f} TFLOP/s. At {GFLOP} GFLOP an image forward, three times that in training, ViT-B/14 at 224 reaches {share(rate, 3)} of it in training '
-            f'({rate:,.0f} images/s, batch {case["batch"]}, {name}; aim: 50 %) and {share(told["inference"], 1)} in inference ({told["inference"]:,.0f} images/s, not compiled; aim: 60 %).']
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', help=f'of {", ".join(dict.fromkeys(c["model"] for c in CASES))}; all unless given')
@@ -307,18 +279,17 @@ def main():
     if {*args.models} - {c['model'] for c in cases}: parser.error(f'unknown model among {args.models}')
     clock = time.perf_counter()
     found = [(case, phase, compare(case, phase)) for case in cases for phase in (1, 2)]
-    notes = [*remarks(found), '', *on_gpu(found)]
     h, v = core.hardware(), core.versions()
     before = median([f['before'] for _, _, variants in found for f in variants.values()])
     counted = '; '.join(f'{c["model"]}: {c["rounds"]} rounds of {2 * c["steps"]} steps in phase 1, {c["steps"]} in phase 2' for c in cases)
     lines = ['# Training, beside a tutorial\'s loop and timm\'s training step', '',
              f'{h["cpu"]}, {args.threads} threads, {h["memory_gb"]} GB, GPU: {h.get("gpu", "none")}; Python {v["python"]}, {", ".join(f"{k} {v[k]}" for k in ("torch", "torchvision", "timm", "accelerate"))}. {counted}. It took {(time.perf_counter() - clock) / 60:.0f} minutes.', '',
              'The variants are described in `train.py`. Peak memory is that of ' + ('what torch allocated on the GPU.' if GPU else f'the process, without the workers of a DataLoader; importing what all need takes {before:.0f} MB of it.'), '',
-             *tables(found), '', *notes]
+             *tables(found), '', *remarks(found)]
     with core.replacing(args.out) as out: out.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] and sys.argv[1] in ('measure', 'patches', 'limits'): globals()[sys.argv[1]](json.loads(sys.argv[2]))
+    if sys.argv[1:2] and sys.argv[1] in ('measure', 'patches'): globals()[sys.argv[1]](json.loads(sys.argv[2]))
     else: main()

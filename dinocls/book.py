@@ -389,12 +389,14 @@ def _left(self, job, state: dict) -> str:
 Live.left = _left
 
 # %% ../nbs/15_book.ipynb #8410f004
-def run_book(cfg: Config, which: str = '', force: bool = False) -> int:
+def run_book(cfg: Config, which: str = '', force: bool = False,
+             eager: bool = False) -> int:  # let chapters wait for the stages they need, and not for the chapters they read
     "Execute the chosen chapters of the book; return the exit status. Raise `UserError` before anything starts."
     from filelock import FileLock, Timeout
     try: import nbconvert, papermill  # noqa: F401  imported here once, inherited by each worker
     except ImportError: raise UserError("Executing the book needs papermill and Jupyter: pip install 'dinocls[book]'.") from None
     chosen = choose(chapters(), which)
+    if eager: chosen = [c if read_chapter(c.path).reads == ('all',) else replace(c, reads=()) for c in chosen]
     for c in chosen: check_parameters(c.path, parameters(cfg))
     if cfg.backbone.startswith('book-') and not cfg.weights: core.shipped_record(cfg.backbone)  # refused before the work begins
     folder = core.open_run(cfg)
@@ -417,6 +419,7 @@ def _run_locked(cfg: Config, chosen: list[Chapter], force: bool) -> int:
         return 130
     finally:
         if isinstance(show, Live): show.live.stop()
+        _note(cfg, run)
     _finish(cfg, run, time.time() - clock)
     return 0 if well else 1
 
@@ -438,12 +441,15 @@ def short(path: Path) -> str:
     return min(str(path), os.path.relpath(path), key=len)
 
 # %% ../nbs/15_book.ipynb #ceae38d3
-def _finish(cfg: Config, run: Run, spent: float):
-    "Record the chapters' times and memory, write the pages, and say where they are."
+def _note(cfg: Config, run: Run):
+    "Record the times and memory of the chapters that have ended."
     old = read_json(cfg.folder/'book.json') if (cfg.folder/'book.json').exists() else {}
     kept = old.get('chapters', {}) | {n: r for n, r in run.ended.items() if r['status'] != 'current'}
     write_json(cfg.folder/'book.json', {'chapters': {c.name: kept[c.name] for c in run.book if c.name in kept}, 'jobs': run.width,
                                         'hardware': core.hardware(), 'versions': core.versions(), 'git': core.git_commit()})
+
+def _finish(cfg: Config, run: Run, spent: float):
+    "Write the pages, and say where they are."
     page = write_pages(cfg, run.book)
     failed = [n for n, r in run.ended.items() if r['status'] in ('failed', 'skipped')]
     for n in failed: print(f'{n}: {_where(run.ended[n]) if run.ended[n]["status"] == "failed" else "skipped, it reads a chapter that failed"}')
@@ -515,9 +521,10 @@ OutOption = Annotated[Path | None, typer.Option('--out', '-o', help='run folder;
 def run(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None,
         chapters: Annotated[str, typer.Option(help="which, as in '5-8,12'; default all")] = '',
         out: OutOption = None,
-        force: Annotated[bool, typer.Option('--force', help='compute anew what the chapters have stored')] = False):
+        force: Annotated[bool, typer.Option('--force', help='compute anew what the chapters have stored')] = False,
+        eager: Annotated[bool, typer.Option('--eager', help='start chapters at once, to wait for stages and not for chapters')] = False):
     "Execute chapters through papermill, side by side where they are independent."
-    raise typer.Exit(run_book(settings(preset, config, set or [], out), chapters, force))
+    raise typer.Exit(run_book(settings(preset, config, set or [], out), chapters, force, eager))
 
 # %% ../nbs/15_book.ipynb #233462e8
 @app.command()

@@ -164,6 +164,7 @@ class RunConfig:
     compile: str = 'auto'  # torch.compile for the backbone: auto (where it was measured to pay), on or off
     checkpoint_every: int = 5  # epochs between checkpoints
     checkpoint_minutes: float = 10.0  # minutes between checkpoints, within an epoch as well
+    at_once: int = 1  # trainings of a study side by side on each device: a small model leaves a GPU idle
     bad_steps: int = 10  # steps in a row without a finite gradient, after which training stops
 
 # %% ../nbs/00_core.ipynb #8e836ca5
@@ -228,7 +229,7 @@ class Config(RunConfig, PretrainConfig, ViewConfig, StudyConfig, Phase2Config, P
 def _check_numbers(cfg):
     "Refuse numbers that no run could use."
     at_least_1 = ('batch_size image_size members study_seeds knn_k attention_images checkpoint_every phase1_epochs phase2_epochs '
-                  'pretrain_epochs prototypes randaugment_ops bad_steps')
+                  'pretrain_epochs prototypes randaugment_ops bad_steps at_once')
     not_negative = ('train_size val_size test_size study_size pretrain_size crop weight_decay label_smoothing '
                     'focal_gamma hard_weight clip_norm mixup cutmix brightness contrast '
                     'saturation phase1_lr lr_backbone lr_head split_seed seed pretrain_lr local_views koleo patch_loss view_aspect view_rotation '
@@ -800,11 +801,11 @@ def run_stages(stage: Stage, cfgs: list[Config],
     return [stage(c) for c in cfgs]
 
 def _gpus(cfgs: list) -> list[str]:
-    "Return the GPUs that may share the work: all, unless there is none to share, a configuration names its device, or a launcher has shared it."
+    "Return the devices that may share the work: each GPU `at_once` times, none if there is nothing to share, a configuration names its device, or a launcher has shared it."
     if len(cfgs) < 2 or any(c.device not in ('auto', 'cuda') for c in cfgs) or int(os.environ.get('WORLD_SIZE', 1)) > 1: return []
     import torch
     torch.cuda.empty_cache()  # a worker may need what this process keeps for later
-    return [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+    return ([f'cuda:{i}' for i in range(torch.cuda.device_count())] or ['auto']) * cfgs[0].at_once
 
 def _in_turn(stage: Stage, cfgs: list) -> list[tuple]:  # configuration, what went wrong
     "Compute a stage for each configuration in this process."

@@ -1,13 +1,18 @@
 "The benchmarks, as far as seconds go: every variant trains, a flipped bit is one bit, every part for a GPU runs, others' answers are checked, and the reports tell a difference."
+import hashlib
 import importlib.util
 import random
 import sys
-import tarfile
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+
+from dinocls import core
+from dinocls.core import UserError
 
 CASE = {'model': 'book-digits', 'side': 32, 'batch': 4, 'lead': 1, 'steps': 1, 'rounds': 2, 'options': True, 'threads': 1}
 
@@ -20,7 +25,8 @@ def script(name):
     return module
 
 
-train, faults, gpu, gpu_book = (script(name) for name in ('train', 'faults', 'gpu', 'gpu_book'))
+sys.path.insert(0, str(ROOT/'benchmarks'))  # as for a script
+train, faults, gpu = (script(name) for name in ('train', 'faults', 'gpu'))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the loops of others would go to the GPU')
@@ -68,62 +74,120 @@ def test_a_difference_is_told():
     assert '| phase2, epoch 4 | phase2, epoch 4, after step 1 | yes | phase2, epoch 3, after step 3 | 1 to 4 |' in told('b')
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "Results of the script for a GPU, in a folder of their own."
+    monkeypatch.setattr(gpu, 'OUT', tmp_path/'outputs')
+    (tmp_path/'outputs'/'speed').mkdir(parents=True)
+    return tmp_path/'outputs'
+
+
 def by_turns(case, phase):
-    "Stand in for `compare`, in this process; at the smaller batch the others fail."
-    epochs = {'dinocls': gpu.train.ours} | ({'tutorial': gpu.train.tutorial, 'timm': gpu.train.timms} if case['batch'] == 4 else {})
-    return {name: {'rates': [gpu.train.turn(epoch(c := case | {'variant': name, 'phase': phase}), c)['rate']], 'peak': 1.0} for name, epoch in epochs.items()}
+    "Stand in for `compare`, in this process; in phase 1 the others fail."
+    others = {'tutorial': train.tutorial, 'timm': train.timms} if phase == 2 else {}
+    return {name: {'rates': [train.turn(epoch(c := case | {'variant': name, 'phase': phase}), c)['rate']]} for name, epoch in ({'dinocls': train.ours} | others).items()}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the tiny sizes are for a CPU')
-def test_every_part_for_a_gpu_is_measured_and_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.train, 'WORKERS', 0)
-    monkeypatch.setattr(gpu.train, 'compare', by_turns)
-    for part in gpu.PARTS:
-        gpu.measure(part, tmp_path, tiny=True)
-        found = {p: gpu.core.read_json(tmp_path/f'{p}.json') for p in gpu.PARTS if (tmp_path/f'{p}.json').exists()}
-        text = '\n'.join(gpu.report(found))  # also of what there is so far
-    assert 'Not measured yet' not in text
-    for row in ('inference, plain | 4', 'phase 1, dinocls | 2', 'phase 2, dinocls | 4'): assert f'| {row} |' in text
-    assert text.count('The recipe `') == 2 and '| JPEG, 500×375, torch |' in text and 'too much' not in text and 'fails here' in text
+def test_every_speed_is_measured_and_told(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'train', train)
+    monkeypatch.setattr(train, 'WORKERS', 0)
+    monkeypatch.setattr(train, 'compare', by_turns)
+    monkeypatch.setitem(gpu.PARTS, 'check', lambda size: {'fails': 'not this time'})
+    gpu.measure(SimpleNamespace(parts=[*gpu.PARTS], tiny=True))
+    text = '\n'.join(gpu.report())
+    assert '- check failed: not this time' in text and text.count(' failed: ') == 1
+    assert '| `best`, phase 2, bf16 (aim: 50 %) | 4 |' in text and text.count('| inference, ') == 2 and text.count('would take') == text.count('% of a step') == 2
+    assert 'Phase 2, batch 4: ' in text and 'Phase 1, batch 4: tutorial fails here; timm fails here.' in text
 
 
-def test_gpu_parts_end_in_time_and_count_operations(tmp_path):
-    assert round(gpu.gflop('dinov2_vitb14', 224), 1) == 46.3
-    clock = time.monotonic()
-    assert gpu.run(['ceiling'], tmp_path, True, clock) == ['ceiling'] and time.monotonic() - clock < 10
+def test_what_fails_or_takes_too_long_costs_itself(home, monkeypatch):
+    asked = []
+    def child(words, until):
+        asked.append(words[2:])
+        if len(asked) > 1: return None  # the time is over
+        core.write_json(home/'speed'/'check.json', {'text': []})
+        return -11
+    monkeypatch.setattr(gpu, 'child', child)
+    core.write_json(home/'speed'/'training.json', {'fails': 'on another day'})
+    monkeypatch.setattr(gpu, 'PARTS', dict.fromkeys(('check', 'peak', 'training')))
+    gpu.speed(SimpleNamespace(tiny=False), time.monotonic() + 5)
+    assert asked[:2] == [['check', 'peak', 'training'], ['training']] and 'status -11' in core.read_json(home/'speed'/'peak.json')['fails']
 
 
-def test_the_book_on_a_gpu_takes_its_data_from_an_archive(tmp_path):
-    for part in ('train', 'test'): (tmp_path/'pictures'/part/'cat').mkdir(parents=True)
-    (held := tmp_path/'held').mkdir()
-    with tarfile.open(held/'a.tar.xz', 'w:xz') as tar:
-        for part in ('train', 'test'): tar.add(tmp_path/'pictures'/part, part)
-    (held/'votes.npy').write_text('judges')
-    assert gpu_book.unpacked(tmp_path/'pictures', tmp_path/'none') == tmp_path/'pictures'
-    folder = gpu_book.unpacked(held, tmp_path/'data')
-    assert sorted(p.name for p in folder.iterdir()) == ['test', 'train', 'votes.npy'] and (folder/'train'/'cat').is_dir()
-    assert gpu_book.unpacked(held/'a.tar.xz', folder) == folder
-    with pytest.raises(gpu_book.UserError, match='nor holds one'): gpu_book.unpacked(tmp_path/'data'/'train', tmp_path/'other')
+@pytest.mark.parametrize('tree, files', [(10, [6] + [3] * 30), (30, [6] + [3] * 30), (1, [6])])
+def test_each_command_travels_within_its_limit_and_all_take_a_quarter_of_an_hour(tmp_path, tree, files):
+    for i, size in enumerate(files):
+        with open(tmp_path/f'{i:02d}', 'wb') as f: f.truncate(size * gpu.MIB)
+    room = gpu.CARRIED - gpu.MIB - tree * gpu.MIB
+    folders = gpu.share_out(sorted(tmp_path.iterdir()), room)
+    assert [f for folder in folders for f in folder] == sorted(tmp_path.iterdir()) and all(sum(f.stat().st_size for f in folder) <= room for folder in folders)
+    given = gpu.commands(len(folders))
+    assert [c for c, *_ in given][-2:] == ['pretrain', 'book'] and {n for _, n, _ in given} - {0} == {*range(1, len(folders) + 1)} and given[-1][1] == 0
+    assert sum(m for *_, m in given) + (gpu.START + len(given) * gpu.TRANSFER) / 60 == pytest.approx(15) and all(m > 0.4 for *_, m in given)
+    with pytest.raises(UserError, match='does not fit'): gpu.share_out(sorted(tmp_path.iterdir()), gpu.MIB)
 
 
-def test_what_is_packed_goes_on(tmp_path, monkeypatch):
-    run = tmp_path/'run'
+def test_parts_become_the_binary_version_again(tmp_path, monkeypatch):
+    from PIL import Image
+    monkeypatch.setattr(gpu, 'IMAGES', 300), monkeypatch.setattr(gpu, 'CHUNK', 100)
+    rng, parts = np.random.default_rng(0), tmp_path/'parts'
+    parts.mkdir()
+    images, labels = rng.integers(0, 256, (300, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 300, dtype=np.uint8)
+    rows = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(300, -1)], 1)
+    batches = {f'batch{i}': part.tobytes() for i, part in enumerate(np.split(rows, 3))}
+    monkeypatch.setattr('dinocls.data.BATCHES', {name: hashlib.md5(b).hexdigest() for name, b in batches.items()})
+    for i in range(3): Image.fromarray(gpu.to_mosaic(images[100 * i:][:100])).save(parts/f'images-{i:02d}.webp', lossless=True)
+    np.save(parts/'labels.npy', labels[::-1])
+    (parts/'cifar10h-counts.npy').write_text('votes')
+    args, target = SimpleNamespace(work=tmp_path), tmp_path/'data'/'cifar-10-batches-bin'
+    with pytest.raises(UserError, match='MD5 differs'): gpu.restore(args)
+    assert not target.exists()
+    np.save(parts/'labels.npy', labels)
+    (late := parts/'images-02.webp').rename(tmp_path/'late')
+    with pytest.raises(UserError, match='2 of 3 parts'): gpu.restore(args)
+    (tmp_path/'late').rename(late)
+    gpu.restore(args)
+    assert {f.stem: f.read_bytes() for f in target.iterdir()} == batches and (tmp_path/'data'/'cifar10h-counts.npy').read_text() == 'votes'
+
+
+def test_as_many_epochs_as_fit_by_what_this_machine_was_measured_at(home, monkeypatch):
+    args, plan = SimpleNamespace(tiny=False), {'pretrain_epochs': {'epoch': 2.0, 'first': 20.0}}
+    core.write_json(home/'speed'/'check.json', plan | {'hardware': core.hardware()})
+    monkeypatch.setattr(gpu, 'epochs', lambda size: {'pretrain_epochs': {'epoch': 4.0, 'first': 20.0}})
+    assert gpu.fitting(args, 'pretrain_epochs', 110) == 50 and gpu.fitting(args, 'pretrain_epochs', 110, trainings=5) == 10
+    assert gpu.fitting(args, 'pretrain_epochs', 3) == 1 and gpu.fitting(args, 'pretrain_epochs', 1e9) == 1000
+    core.write_json(home/'speed'/'check.json', plan | {'hardware': {'gpu': 'another'}})
+    assert gpu.fitting(args, 'pretrain_epochs', 110) == 25
+
+
+def test_what_comes_home_goes_on(tmp_path, home, monkeypatch):
+    monkeypatch.setattr(gpu, 'PIECE', 200_000), monkeypatch.setattr(gpu, 'HOME', 1_500_000)
     for name, seconds, size in (('quick', 1, 900_000), ('dear', 99, 900_000), ('large', 9999, 3_000_000)):
-        (stage := run/'stages'/name).mkdir(parents=True)
+        (stage := home/'cifar-x'/'stages'/name).mkdir(parents=True)
         (stage/'weights').write_bytes(random.Random(name).randbytes(size))
-        gpu_book.core.write_json(stage/'run.json', {'seconds': seconds, 'files': {'weights': {'bytes': size}}})
-    for name, size in (('run.json', 2), ('05_phase1.ipynb', 10), ('05_phase1/huge.png', 600_000), ('html/page.html', 5)):
-        (run/name).parent.mkdir(exist_ok=True)
-        (run/name).write_bytes(bytes(size))
-    monkeypatch.setattr(gpu_book, 'PIECE', 200_000)
-    (weights := tmp_path/'w.safetensors').touch()
-    said = gpu_book.pack(run, tmp_path/'pack', weights, state_mb=1)
-    assert 'huge.png is left out: 0.6 MB' in said[-1] and len(list((tmp_path/'pack').glob('state.tar.gz.*'))) == 5 and (tmp_path/'pack'/'w.safetensors').exists()
-    kept = {p.relative_to(run).as_posix() for p in run.rglob('*') if p.is_file()} - {'05_phase1/huge.png', 'html/page.html', *(f'stages/{s}/{f}' for s in ('quick', 'large') for f in ('weights', 'run.json'))}
-    dear = (run/'stages'/'dear'/'weights').read_bytes()
-    gpu_book.shutil.rmtree(run)
-    gpu_book.resume(tmp_path/'pack', run)
-    assert {p.relative_to(run).as_posix() for p in run.rglob('*') if p.is_file()} == kept and (run/'stages'/'dear'/'weights').read_bytes() == dear
+        core.write_json(stage/'run.json', {'seconds': seconds})
+    for name, size in (('cifar-x/run.json', 2), ('cifar-x/05_phase1.ipynb', 10), ('cifar-x/05_phase1/huge.png', 600_000), ('cifar-x/html/page.html', 5), ('weights/w.safetensors', 7),
+                       ('cifar-x/stages/chapters/05.json', 3), ('check/run.json', 4)):
+        (home/name).parent.mkdir(parents=True, exist_ok=True)
+        (home/name).write_bytes(bytes(size))
+    gpu.pack(tmp_path/'home')
+    assert 'huge.png is left out: 0.6 MB' in (home/'log.txt').read_text()
+    pieces = sorted((tmp_path/'home').iterdir())
+    assert len(pieces) == 5 and pieces[0].name == 'home-1-of-5.tgz' and all(f.stat().st_size <= 200_000 for f in pieces)
+    monkeypatch.setattr(gpu.os, 'execve', lambda *_: None), monkeypatch.setattr(gpu.os, 'chdir', lambda _: None), monkeypatch.setattr(gpu, 'ROOT', tmp_path/'checkout')
+    (carried := tmp_path/'checkout'/gpu.STOCK/'1').mkdir(parents=True)
+    pieces[4].rename(carried/pieces[4].name)
+    gpu.settle(args := SimpleNamespace(work=tmp_path/'work', out=tmp_path/'out', resume=None), 0)
+    there = lambda: {f.relative_to(tmp_path/'work'/'book'/'outputs').as_posix() for f in (tmp_path/'work'/'book'/'outputs').rglob('*') if f.is_file()}
+    assert there() == set()  # four pieces are missing
+    args.resume = tmp_path/'home'
+    gpu.settle(args, 0)
+    kept = {'cifar-x/run.json', 'cifar-x/05_phase1.ipynb', 'weights/w.safetensors', 'cifar-x/stages/chapters/05.json', 'cifar-x/stages/dear/weights', 'cifar-x/stages/dear/run.json'}
+    assert there() == kept
+    (newer := tmp_path/'work'/'book'/'outputs'/'weights'/'w.safetensors').write_text('newer')
+    gpu.settle(args, 0)
+    assert newer.read_text() == 'newer'  # unpacked once
 
 
 def test_neighbours_are_compared_with_those_of_others(capsys):

@@ -117,6 +117,17 @@ def test_a_second_run_finds_everything_current(tmp_path):
     assert 'is current' not in forced.stdout and '01_data: splits' in forced.stdout
 
 
+def test_eager_chapters_wait_for_nobody_but_the_one_that_reads_all(book):
+    wait = "import time\nfrom pathlib import Path\nfor _ in range(600):\n    if Path('{}').exists(): break\n    time.sleep(0.1)\nelse: raise ValueError('nobody came')"
+    chapter(book, '01_waits', "Path('first').touch()\n".join(('from pathlib import Path\n', wait.format('second'))) + "\nraise ValueError('planted')")
+    chapter(book, '02_reads', "from pathlib import Path\nPath('second').touch()", reads='`01_waits`')
+    chapter(book, '03_last', "from pathlib import Path\nassert Path('second').exists()", reads='all')
+    result = dinocls('run', '-p', 'smoke', '--eager', '--chapters', '1-2', env={'DINOCLS_HOME': book})
+    assert '01_waits FAILED' in result.stdout and 'planted' in result.stdout and '02_reads done' in result.stdout, result.stdout + result.stderr
+    result = dinocls('run', '-p', 'smoke', '--eager', env={'DINOCLS_HOME': book})
+    assert '03_last skipped' in result.stdout, result.stdout + result.stderr  # it waits for all, so it knows
+
+
 def test_a_failing_chapter_stops_only_what_depends_on_it(book):
     chapter(book, '01_breaks', "print('before')\nraise ValueError('planted')")
     chapter(book, '02_waits', 'pass', reads='`01_breaks`')

@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, environment
 
 from dinocls import core
@@ -62,6 +63,12 @@ def test_workers_compute_at_the_same_time_and_results_keep_their_order(toy, cfgs
     assert [r['seed'] for r in (two, zero, one, again)] == [2, 0, 1, 2]
     assert len({r['process'] for r in (two, zero, one)} | {os.getpid()}) == 4 and {two['device'], one['device']} <= {'cpu', 'cpu:0'}
     assert again.record == two.record
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the work would be shared among GPUs')
+def test_a_device_is_shared_by_as_many_as_at_once_says(toy, cfgs):
+    one, two = run_stages(toy, [variant(cfgs[s], at_once=2) for s in (1, 2)])  # they end only if both are running
+    assert len({one['process'], two['process'], os.getpid()}) == 3
 
 
 def test_without_several_devices_this_process_does_the_work(toy, cfgs):
