@@ -439,7 +439,7 @@ def book(args, until: float):
 def pack(out: Path):
     "Gather speeds, weights and the run's record, and of the stages' results those that took longest for their size."
     out.mkdir(parents=True, exist_ok=True)
-    runs = [f.parent for f in OUT.glob('*/run.json') if f.parent.name not in ('check', 'trial', 'pretrain')]
+    runs = [f.parent for f in OUT.glob('cifar-*/run.json')]
     files = [f for name in ('speed', 'plan', 'weights') for f in (OUT/name).glob('*')]
     record = [f for run in runs for f in run.rglob('*') if f.is_file() and f.relative_to(run).parts[0] not in LEFT_OUT and not f.name.startswith('.')]
     for f in record:
