@@ -45,8 +45,9 @@ def test_data_that_cannot_be_downloaded(tmp_path, monkeypatch):
 
 
 def test_data_are_named_with_their_place(cifar10, in_process):
-    found = at_hand('cifar10', cifar10)
-    assert f'cifar10 in {found}: 60,000 images.' in in_process('download', '-p', 'cifar', '-s', f'data_root={cifar10}').stdout
+    said = in_process('download', '-p', 'cifar', '-s', f'data_root={cifar10}').stdout
+    found = at_hand('cifar10', cifar10)  # unpacked by now
+    assert f'cifar10 in {found}: 60,000 images.' in said
     assert f'cifar10 in {found}\n' in in_process('doctor', '-p', 'cifar', '-s', f'data_root={cifar10}').stdout
 
 
