@@ -331,7 +331,7 @@ _QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, study_size
 _CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32, batch_size=512,
               phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=60, lr_backbone=1e-3, lr_head=1e-3, members=3, study_size=5000,
               lr_pairs=((1e-2, 1e-2), (1e-4, 1e-2), (1e-3, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3, 1e-2), (1e-3, 1e-2)),
-              pretrain_method='simclr', pretrain_batch=256, view_hue=0.1, teacher_rise=False)  # by benchmarks/recipe.py; a GPU takes pretrain_batch=1024 pretrain_lr=2e-3
+              pretrain_method='simclr', pretrain_batch=256, view_hue=0.1, teacher_rise=False)  # see benchmarks/recipe.py, which did not try these together; a GPU takes pretrain_batch=1024 pretrain_lr=2e-3
 _LAPTOP = _CIFAR | dict(weights='', train_size=2500, val_size=2500, batch_size=64, phase1_epochs=3, phase2_epochs=4,
                         lr_backbone=1e-4, members=2, study_size=500, study_seeds=2, lr_pairs=((1e-3, 1e-3), (1e-5, 1e-3)),
                         lr_grid=((1e-5, 1e-4, 1e-3), (1e-3, 1e-2)), corruption_images=150, benchmark_seconds=0.5,
