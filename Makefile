@@ -15,7 +15,7 @@ book: $(READY)
 
 test: $(READY)
 	rm -rf outputs/smoke
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $$($(BIN)/python -c 'import dinocls.core as c; print(min(c.cores(), 8))')
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $$($(BIN)/python -c 'import dinocls.kit.machine as m; print(min(m.cores(), 8))')
 	$(BIN)/python -m pytest -q tests
 
 lab: $(READY)

@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dinocls import core
-from dinocls.book import chapters, duration
+from dinocls.kit import config, files
+from dinocls.app.cli import chapters, duration
 
 BIN = Path(sys.executable).parent
 
@@ -22,7 +22,7 @@ BIN = Path(sys.executable).parent
 def timed(*command) -> float:
     "Run a command to its end; return its seconds."
     clock = time.perf_counter()
-    subprocess.run(list(map(str, command)), cwd=core.root(), check=True, env={**os.environ, 'PYTHONWARNINGS': 'ignore'}, stdout=subprocess.DEVNULL)
+    subprocess.run(list(map(str, command)), cwd=config.root(), check=True, env={**os.environ, 'PYTHONWARNINGS': 'ignore'}, stdout=subprocess.DEVNULL)
     return time.perf_counter() - clock
 
 
@@ -30,7 +30,7 @@ def main(preset: str):
     with tempfile.TemporaryDirectory() as tmp:
         run = [BIN/'dinocls', 'run', '--preset', preset, '--out', f'{tmp}/driver']
         first = timed(*run)
-        record = core.read_json(Path(tmp)/'driver'/'book.json')
+        record = files.read_json(Path(tmp)/'driver'/'book.json')
         second = timed(*run)
         loop = sum(timed(BIN/'papermill', '--no-progress-bar', '--log-level', 'ERROR', c.path, f'{tmp}/{c.name}.ipynb', '-p', 'preset', preset, '-p', 'out', f'{tmp}/loop')
                    for c in chapters())
@@ -41,7 +41,7 @@ def main(preset: str):
              f'| papermill on one notebook after the other, from nothing | {duration(loop)} | {loop / first:.2f} |', '',
              'Wall time of a chapter beside its neighbour; memory is the resident peak of its worker and kernel, sampled five times a second.', '',
              '| chapter | seconds | peak MB |', '|---|---|---|', *(f'| {n} | {r["seconds"]:.0f} | {r["peak_mb"]:,} |' for n, r in record['chapters'].items())]
-    with core.replacing(Path(__file__).with_suffix('.md')) as out: out.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    with files.replacing(Path(__file__).with_suffix('.md')) as out: out.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
 
 

@@ -18,12 +18,12 @@ from statistics import median
 import numpy as np
 import torch
 
-from dinocls import core
+from dinocls.kit import config, files, machine
 from dinocls.augment import MEAN, STD, augment, prepare
 from dinocls.data import Loader
 
 BATCH, STEPS, SIDE, WORKERS = 64, 16, 224, 2
-CFG = core.preset('reference', brightness=0.2, contrast=0.2, saturation=0.2, erasing=0.25, batch_size=BATCH, image_size=SIDE)
+CFG = config.preset('reference', brightness=0.2, contrast=0.2, saturation=0.2, erasing=0.25, batch_size=BATCH, image_size=SIDE)
 IMAGES = np.random.default_rng(0).integers(0, 256, (BATCH * STEPS, 32, 32, 3), dtype=np.uint8)
 LABELS = np.zeros(len(IMAGES), np.int64)
 AIMS = {'PIL, jitter after the resize': 5, 'PIL, jitter before the resize': 2, 'kornia, resize last': 4}
@@ -140,7 +140,7 @@ def memory():
 
     work(IMAGES, 5)
     images = np.random.default_rng(0).integers(0, 256, (60_000, 32, 32, 3), dtype=np.uint8)
-    peak = lambda: core.peak_memory()['resident'] * 2**20 / 1e6
+    peak = lambda: machine.peak_memory()['resident'] * 2**20 / 1e6
     before = peak()
     work(images, 50)
     print(f'{images.nbytes / 1e6:.0f} {peak() - before:.0f}')
@@ -191,14 +191,14 @@ def main(rounds: int):
     size, growth = subprocess.run([sys.executable, __file__, 'memory'], check=True, capture_output=True, text=True).stdout.split()
     import PIL
     import torchvision
-    h, v = core.hardware(), {'torch': torch.__version__, 'torchvision': torchvision.__version__, 'Pillow': PIL.__version__}
+    h, v = machine.hardware(), {'torch': torch.__version__, 'torchvision': torchvision.__version__, 'Pillow': PIL.__version__}
     if times['kornia, resize last']: v['kornia'] = __import__('kornia').__version__
     lines = ['# From stored images to batches for the model', '',
              f'{h["cpu"]}, {torch.get_num_threads()} threads, {h["memory_gb"]} GB, GPU: {h.get("gpu", "none")}; {", ".join(f"{k} {n}" for k, n in v.items())}. '
              f'{rounds} rounds of {len(IMAGES):,} random images of 32×32, batches of {BATCH}, {SIDE} px; Pillow in a DataLoader with {WORKERS} workers that stay, the others in the main process.', '',
              *table(times, cpu), '', 'Processor time is that of one thread, without the workers, which cost a DataLoader a little more.', '', 'What a batch of ours takes:', '', '| | ms |', '|---|---|', *(f'| {name} | {ms:.1f} |' for name, ms in pieces.items()), '',
              f'Memory: {size} MB of images in memory; handing them to a `Loader` and taking 50 batches raises the peak by {growth} MB.', '', *on_gpu()]
-    with core.replacing(Path(__file__).with_suffix('.md')) as out: out.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    with files.replacing(Path(__file__).with_suffix('.md')) as out: out.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
 
 

@@ -20,7 +20,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from dinocls import core
+from dinocls.kit import config, files, machine
 from dinocls.data import Loader
 from dinocls.model import classifier
 from dinocls.train import Divided, load_checkpoint, save_checkpoint, start, train_epoch
@@ -48,7 +48,7 @@ def written(folder: Path) -> list[Path]:
 
 def sound(folder: Path) -> list[Path]:
     "Return the checkpoints whose content is that of their names, the newest first."
-    return [c for c in written(folder) if core.file_digest(c).startswith(c.stem.rpartition('-')[2])]
+    return [c for c in written(folder) if files.file_digest(c).startswith(c.stem.rpartition('-')[2])]
 
 
 def place(checkpoint: Path) -> tuple[str, int, int]:  # stage, epochs done, steps of the next one done
@@ -75,7 +75,7 @@ def kill(process, folder: Path, chance: random.Random, start_up: float) -> dict 
     try: process.wait(delay * (start_up if early else SPAN))
     except subprocess.TimeoutExpired: process.kill(), process.wait()
     if process.returncode >= 0: return None
-    seconds, at, found = time.perf_counter() - clock, core.read_json(progress) if progress.exists() else {}, sound(folder)
+    seconds, at, found = time.perf_counter() - clock, files.read_json(progress) if progress.exists() else {}, sound(folder)
     newest = place(found[0]) if found else None
     begun = newest[1] if newest and newest[0] == at.get('stage') else 0  # no progress is told before the first epoch that is completed after a start
     return {'seconds': seconds, 'stage': at.get('stage', ''), 'done': max(begun, at.get('done', 0)), 'newest': newest}
@@ -84,8 +84,8 @@ def kill(process, folder: Path, chance: random.Random, start_up: float) -> dict 
 def result(folder: Path) -> dict:
     "Return the digests of the weights of both phases, and their histories but for the seconds."
     stages = {name: next((folder/'stages').glob(f'{name}-*/run.json')).parent for name in ('phase1', 'phase2')}
-    history = lambda stage: [{k: v for k, v in row.items() if k != 'seconds'} for row in core.read_json(stage/'result.json')['history']]
-    return {name: (core.file_digest(stage/'weights.safetensors'), history(stage)) for name, stage in stages.items()}
+    history = lambda stage: [{k: v for k, v in row.items() if k != 'seconds'} for row in files.read_json(stage/'result.json')['history']]
+    return {name: (files.file_digest(stage/'weights.safetensors'), history(stage)) for name, stage in stages.items()}
 
 
 def undisturbed(folder: Path, seed: int, epochs: int) -> tuple[float, float]:
@@ -116,7 +116,7 @@ def disturbed(folder: Path, seed: int, epochs: int, kills: int, before: int, sta
 
 def cost(name: str, folder: Path, **fields) -> dict:
     "Return the MB of a checkpoint of phase 2, and the seconds that writing and reading one take."
-    cfg = core.preset('smoke', backbone=name, batch_size=2, device='cpu', precision='fp32', **fields)
+    cfg = config.preset('smoke', backbone=name, batch_size=2, device='cpu', precision='fp32', **fields)
     loop = start(classifier(cfg, 10), cfg, 1, 4, 1e-5, 1e-4)
     source = Loader(np.zeros((2, 32, 32, 3), np.uint8), np.arange(2), 2, 0)
     train_epoch(loop, Divided(loop.model, loop.accelerator), source)
@@ -154,14 +154,14 @@ def main(kills: int, epochs: int, out: Path):
             if len(rounds) > kills: raise SystemExit('The training ends before it can be killed: give it more epochs.')
         costs = {name: cost(name, Path(tmp)/name, **fields) for name, fields in {'book-digits': {}, 'dinov2_vits14': {'weights': 'random', 'image_size': 224}}.items()}
     lines = report(rounds, events, costs, epochs, time.perf_counter() - clock)
-    with core.replacing(out) as file: file.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    with files.replacing(out) as file: file.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
     if not all(r['whole'] == r['killed'] for r in rounds): raise SystemExit('Not all weights and histories are identical.')
 
 
 def report(rounds: list, events: list, costs: dict, epochs: int, seconds: float) -> list[str]:
     "Return the lines of the report."
-    h, v = core.hardware(), core.versions()
+    h, v = machine.hardware(), machine.versions()
     same = lambda r, name, part: 'identical' if r['whole'][name][part] == r['killed'][name][part] else '**different**'
     flips = [e for e in events if e['flipped']]
     lines = ['# Training that is killed again and again', '',

@@ -29,8 +29,8 @@ import numpy as np
 
 ROOT, MIB = Path(__file__).resolve().parents[1], 2**20
 sys.path.insert(0, str(ROOT))
-from dinocls import core
-from dinocls.core import UserError
+from dinocls.kit import config, fetch, files, machine, stage
+from dinocls.kit.files import UserError
 
 OUT, STOCK = ROOT/'outputs', '.gpu'
 CARRIED, HOME, PIECE = 64 * MIB, 58 * MIB, 15 * MIB  # of a command, of all that comes home, of a file of it
@@ -83,7 +83,7 @@ def commands(folders: int) -> list[tuple]:  # command, number of the folder that
 def prepare(args):
     "Fill the folders that travel, and say with which commands."
     from PIL import Image
-    from dinocls.data import load_dataset
+    from dinocls.kit.datasets import load_dataset
     from dinocls.errors import JUDGES
     shutil.rmtree(stock := ROOT/STOCK, ignore_errors=True)
     (fresh := stock/'all').mkdir(parents=True)
@@ -133,7 +133,7 @@ def settle(args, until: float):
                    'TORCHINDUCTOR_CACHE_DIR': str(args.work/'compiled')}
     os.chdir(book)
     words = [sys.executable, book/'benchmarks'/'gpu.py', *sys.argv[1:], '--out', args.out, '--work', args.work, '--until', until]
-    os.execve(sys.executable, [*map(str, words)], {'OMP_NUM_THREADS': str(max(1, core.cores() // 4))} | os.environ | environment)
+    os.execve(sys.executable, [*map(str, words)], {'OMP_NUM_THREADS': str(max(1, machine.cores() // 4))} | os.environ | environment)
 
 
 def say(text: str):
@@ -168,7 +168,7 @@ def child(words: list, until: float) -> int | None:
 def case(size: dict, batch: int, **more) -> dict:
     "Return a case of `train.py`."
     fixed = {k: size[k] for k in ('model', 'side', 'lead', 'steps', 'rounds')}
-    return fixed | {'batch': batch, 'options': False, 'stored': False, 'threads': core.cores()} | more
+    return fixed | {'batch': batch, 'options': False, 'stored': False, 'threads': machine.cores()} | more
 
 
 def seconds(f, at_least: float) -> float:
@@ -180,7 +180,7 @@ def seconds(f, at_least: float) -> float:
 def result(name: str) -> dict:
     "Return what a part has found, {} if it is not there or has failed."
     file = OUT/'speed'/f'{name}.json'
-    found = core.read_json(file) if file.exists() else {}
+    found = files.read_json(file) if file.exists() else {}
     return {} if 'fails' in found else found
 
 
@@ -202,8 +202,8 @@ def epochs(size) -> dict:  # field → seconds of an epoch on the training split
     from dinocls.model import classifier, device
     from dinocls.pretrain import self_supervise, step_flops
     from dinocls.train import fit
-    cfg, found = core.preset('cifar', **size['cifar'], weights='random'), {}
-    quick = core.variant(cfg, pretrain_epochs=4, compile=size['compile'])
+    cfg, found = config.preset('cifar', **size['cifar'], weights='random'), {}
+    quick = stage.variant(cfg, pretrain_epochs=4, compile=size['compile'])
     where, trained = device(cfg), cfg.train_size or TRAINED
     def timed(name, batch, training):
         x, ends = torch.randint(0, 256, (size['timed'] * batch, 3, 32, 32), dtype=torch.uint8, device=where), [time.perf_counter()]
@@ -249,14 +249,14 @@ def inference(size, batches=None, wrap=lambda model: model, how: str = '') -> di
 def step(size, name: str, phase: int, **more) -> dict:
     "Take steps of a recipe's phase: images a second and peak memory."
     import train
-    c = case(size, size['presets'][name], precision=core.preset(name).precision, variant='dinocls', phase=phase) | more
+    c = case(size, size['presets'][name], precision=config.preset(name).precision, variant='dinocls', phase=phase) | more
     gc.collect()
     if train.GPU: train.torch.cuda.reset_peak_memory_stats()
     with contextlib.redirect_stdout(io.StringIO()) as told: rate = train.turn(train.ours(c), c)['rate']
     divided = ', batch divided' if 'memory ran out' in told.getvalue() else ''
     how = ', compiled' if c['variant'] == 'compiled' else ''
     return {'work': f'`{name}`, phase {phase}, {c["precision"]}{how}{divided}' + (' (aim: 50 %)' if phase == 2 else ''), 'batch': c['batch'],
-            'rate': rate, 'passes': (size is LARGE) * (3 if phase == 2 else 1), 'peak_mb': core.peak_memory()['gpu' if train.GPU else 'resident'], 'of': f'{name} {phase}'}
+            'rate': rate, 'passes': (size is LARGE) * (3 if phase == 2 else 1), 'peak_mb': machine.peak_memory()['gpu' if train.GPU else 'resident'], 'of': f'{name} {phase}'}
 
 
 def training(size) -> dict:
@@ -267,7 +267,7 @@ def training(size) -> dict:
     rows, text = [step(size, name, phase) for name in size['presets'] for phase in (2, 1)], []
     rate, scoring = {r['of']: r['rate'] for r in rows}, max((r['rate'] for r in result('inference').get('rows', ())), default=np.inf)
     for name, batch in size['presets'].items():
-        cfg, generator = core.preset(name), torch.Generator().manual_seed(0)
+        cfg, generator = config.preset(name), torch.Generator().manual_seed(0)
         scored = cfg.phase2_epochs * 2 * cfg.val_size + 3 * (cfg.val_size + 10_000)  # both averages each epoch, all at the ends
         trained = TRAINED * (cfg.phase1_epochs / rate[f'{name} 1'] + cfg.phase2_epochs / rate[f'{name} 2'])
         text.append(f'Both phases of `{name}` would take {(trained + scored / scoring) / 60:.0f} minutes at these rates.')
@@ -306,9 +306,9 @@ def measure(args):
         torch.manual_seed(0)
         clock = time.perf_counter()
         try: found = PARTS[name](TINY if args.tiny else LARGE)
-        except Exception as e: found = {'fails': f'{type(e).__name__}: {core.reason(e)}'}
-        found |= {'seconds': time.perf_counter() - clock, 'hardware': core.hardware(), 'versions': core.versions()}
-        core.write_json(OUT/'speed'/f'{name}.json', found)
+        except Exception as e: found = {'fails': f'{type(e).__name__}: {files.reason(e)}'}
+        found |= {'seconds': time.perf_counter() - clock, 'hardware': machine.hardware(), 'versions': machine.versions()}
+        files.write_json(OUT/'speed'/f'{name}.json', found)
         gc.collect(), torch.cuda.empty_cache()  # for the next
 
 
@@ -319,7 +319,7 @@ def speed(args, until: float):
     missing = lambda: [name for name in PARTS if not (OUT/'speed'/f'{name}.json').exists()]
     while (todo := missing()) and time.monotonic() < until:
         status = child([__file__, 'measure', *todo, *['--tiny'] * args.tiny], until)
-        if status and missing(): core.write_json(OUT/'speed'/f'{missing()[0]}.json', {'fails': f'its process ended with status {status}'})
+        if status and missing(): files.write_json(OUT/'speed'/f'{missing()[0]}.json', {'fails': f'its process ended with status {status}'})
     say('speed: ' + (f'left for another call: {", ".join(missing())}' if missing() else 'all is measured'))
 
 
@@ -327,7 +327,7 @@ def speed(args, until: float):
 def restore(args):
     "Write CIFAR-10's binary version from its parts, each file with the publisher's MD5, and the studies of its labels beside it."
     from PIL import Image
-    from dinocls.data import BATCHES
+    from dinocls.kit.datasets import BATCHES
     parts, target = args.work/'parts', args.work/'data'/'cifar-10-batches-bin'
     if target.exists(): return
     if len(files := sorted(parts.glob('images-*.webp'))) < IMAGES // CHUNK:
@@ -346,18 +346,18 @@ def fitting(args, field: str, left: float, trainings: float = 1) -> int:
     "Return how many epochs fit into some seconds, by the speed that was measured on this machine or is measured now."
     import torch  # noqa: F401  else the hardware would lack the GPU
     size, known = TINY if args.tiny else LARGE, result('check')
-    if known.get('hardware') != core.hardware(): known = epochs(size)
+    if known.get('hardware') != machine.hardware(): known = epochs(size)
     plan = known[field]
     # what was compiled once comes out of a cache: half of the seconds before the first epoch at speed
     n = max(1, min(size['most'][field], int((left - plan['first'] / 2) / trainings / plan['epoch'])))
     print(f'{field}={n}: {plan["epoch"]:.2f} s each, and {plan["first"]:.0f} s', flush=True)
-    core.write_json(OUT/'plan'/f'{field}.json', plan | {'epochs': n})
+    files.write_json(OUT/'plan'/f'{field}.json', plan | {'epochs': n})
     return n
 
 
 def preset(args, **more):
     "Return the configuration of the two commands that train."
-    return core.preset('cifar', **(TINY if args.tiny else LARGE)['cifar'] | core.parse_overrides(' '.join(args.set)) | more)
+    return config.preset('cifar', **(TINY if args.tiny else LARGE)['cifar'] | config.parse_overrides(' '.join(args.set)) | more)
 
 
 def train_backbone(args):
@@ -368,7 +368,7 @@ def train_backbone(args):
     size = TINY if args.tiny else LARGE
     run, file, before = OUT/'pretrain', OUT/'weights'/'book-cifar.safetensors', OUT/'before'/'teacher.safetensors'
     if not run.exists() and file.exists(): before.parent.mkdir(exist_ok=True), shutil.copyfile(file.with_stem('teacher'), before)  # of another day
-    if (run/'run.json').exists(): n = core.read_json(run/'run.json')['config']['pretrain_epochs']
+    if (run/'run.json').exists(): n = files.read_json(run/'run.json')['config']['pretrain_epochs']
     else:
         watch, body = pretrain.watcher(trial := preset(args, out=str(OUT/'trial'))), pretrain.backbone('book-cifar', 32, 'random')
         body.to(pretrain.device(trial))
@@ -381,10 +381,10 @@ def train_backbone(args):
     if not args.rescue: pretrain.publish(cfg, file.parent, study=False)
     found = stage(cfg) if stage.is_done(cfg) else pretrain.so_far(stage.folder(cfg).with_suffix('.partial'))
     for name, part in {'teacher': 'teacher', **({'book-cifar': 'weights'} if args.rescue else {})}.items():
-        with core.replacing(file.with_stem(name)) as tmp: save_file(found[part], tmp)
+        with files.replacing(file.with_stem(name)) as tmp: save_file(found[part], tmp)
     if args.rescue:
-        core.write_json(file.with_suffix('.json'), core.stage_record(stage, cfg) | {
-            'backbone': cfg.backbone, 'sha256': core.file_digest(file), 'command': pretrain.command(cfg), 'seed': cfg.seed, 'seconds': None,
+        files.write_json(file.with_suffix('.json'), core.stage_record(stage, cfg) | {
+            'backbone': cfg.backbone, 'sha256': files.file_digest(file), 'command': pretrain.command(cfg), 'seed': cfg.seed, 'seconds': None,
             'data': splits(cfg)['fingerprint'], 'probes': [], 'history': found['history'], 'study': [], 'stopped': True})
 
 
@@ -401,14 +401,14 @@ def pretrain(args, until: float):
 # The book
 def chosen(args, run: Path, left: float):
     "Return the book's configuration: pre-training as it was done, as many epochs of phase 2 as fit; a run that has begun keeps its own."
-    record, fields = OUT/'weights'/'book-cifar.json', {*core.PretrainConfig.__dataclass_fields__, *core.ViewConfig.__dataclass_fields__}
-    made = {k: v for k, v in core.read_json(record)['config'].items() if k in fields} if record.exists() else {'weights': 'random'}
-    for f in (record, record.with_suffix('.safetensors')) if record.exists() else (): shutil.copyfile(f, core.shipped('book-cifar').with_suffix(f.suffix))
-    had = core.read_json(run/'run.json')['config'] if (run/'run.json').exists() else {}
-    n = core.parse_overrides(' '.join(args.set)).get('phase2_epochs') or had.get('phase2_epochs') or fitting(args, 'phase2_epochs', left / 2, TRAININGS)
+    record, fields = OUT/'weights'/'book-cifar.json', {*config.PretrainConfig.__dataclass_fields__, *config.ViewConfig.__dataclass_fields__}
+    made = {k: v for k, v in files.read_json(record)['config'].items() if k in fields} if record.exists() else {'weights': 'random'}
+    for f in (record, record.with_suffix('.safetensors')) if record.exists() else (): shutil.copyfile(f, fetch.shipped('book-cifar').with_suffix(f.suffix))
+    had = files.read_json(run/'run.json')['config'] if (run/'run.json').exists() else {}
+    n = config.parse_overrides(' '.join(args.set)).get('phase2_epochs') or had.get('phase2_epochs') or fitting(args, 'phase2_epochs', left / 2, TRAININGS)
     cfg = preset(args, **{'weights': ''} | made, out=f'outputs/{run.name}', phase2_epochs=n)
-    try: core.open_run(cfg)
-    except UserError: shutil.rmtree(run), core.open_run(cfg)  # the run of other weights, which came home before
+    try: stage.open_run(cfg)
+    except UserError: shutil.rmtree(run), stage.open_run(cfg)  # the run of other weights, which came home before
     return cfg
 
 
@@ -421,7 +421,7 @@ def book(args, until: float):
     cfg = chosen(args, run, until - time.monotonic())
     for f in (OUT/'pretrain').glob('stages/*/run.json'):  # for appendix A1
         if not (copy := run/'stages'/f.parent.name).exists(): shutil.copytree(f.parent, copy, copy_function=os.link)
-    options = ['--preset', 'cifar', '--out', cfg.out, *(f'--set={field}' for field in core.shlex.split(core.format_overrides(cfg)))]
+    options = ['--preset', 'cifar', '--out', cfg.out, *(f'--set={field}' for field in shlex.split(config.format_overrides(cfg)))]
     ahead = [begin(['-m', 'dinocls', 'stage', name, *options]) for name in AHEAD]
     try:
         for which in CHAPTERS:
@@ -448,7 +448,7 @@ def pack(out: Path):
     left = HOME - sum(f.stat().st_size for f in files)
     stages = [f.parent for run in runs for f in run.glob('stages/*/run.json') if f.parent.suffix != '.partial' and not f.parent.name.startswith('pretrain-')]
     size = {stage: sum(f.stat().st_size for f in stage.iterdir()) for stage in stages}
-    for stage in sorted(stages, key=lambda s: core.read_json(s/'run.json')['seconds'] / size[s], reverse=True):
+    for stage in sorted(stages, key=lambda s: files.read_json(s/'run.json')['seconds'] / size[s], reverse=True):
         if size[stage] <= left: left -= size[stage]; files += stage.iterdir()
     with tempfile.TemporaryFile() as whole:
         with tarfile.open(fileobj=whole, mode='w:gz', compresslevel=1) as tar:
@@ -462,9 +462,9 @@ def pack(out: Path):
 def report() -> list[str]:
     "Return the speeds, what the backbone is worth, and how the book went, as Markdown."
     import train
-    read = lambda pattern: [core.read_json(f) for f in sorted(OUT.glob(pattern))]
+    read = lambda pattern: [files.read_json(f) for f in sorted(OUT.glob(pattern))]
     parts, top = {name: result(name) for name in PARTS}, result('peak').get('peak', np.nan)
-    text = [f'- {f.stem} failed: {core.read_json(f)["fails"]}' for f in (OUT/'speed').glob('*.json') if not result(f.stem)]
+    text = [f'- {f.stem} failed: {files.read_json(f)["fails"]}' for f in (OUT/'speed').glob('*.json') if not result(f.stem)]
     text += ['| ViT-B/14 at 224 | batch | images/s | of the peak (%) | peak memory (MB) |', '|---|---|---|---|---|']
     text += [f'| {r["work"]} | {r["batch"]} | {r["rate"]:,.0f} | {100 * r["rate"] * r["passes"] * train.GFLOP / 1e3 / top:.0f} | {r.get("peak_mb", "")} |'
              for part in parts.values() for r in part.get('rows', ())] + ['']

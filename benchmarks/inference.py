@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinocls import core
+from dinocls.kit import config, files, machine
 from dinocls.inference import BACKENDS, ProductionModel, fastest, processor, save_production, synchronise
 from dinocls.model import classifier
 
@@ -39,7 +39,7 @@ def photographs(n: int) -> list[bytes]:
 def production(backbone: str, folder: Path) -> Path:
     "Save an untrained model."
     torch.manual_seed(0)
-    cfg = core.preset('reference', backbone=backbone, weights='random', precision='fp32')
+    cfg = config.preset('reference', backbone=backbone, weights='random', precision='fp32')
     return save_production(folder, classifier(cfg, 10).eval(), cfg, [str(i) for i in range(10)], {}, native=(224, 224))
 
 
@@ -58,7 +58,7 @@ def measure(backbone: str, rounds: int, skip: list) -> tuple[dict, dict, str]:  
         path, files, why, models = production(backbone, Path(tmp)/'p'), photographs(FILES), {}, {}
         for name in [b for b in BACKENDS if b not in skip]:
             try: models[name] = ProductionModel(path, 'auto', name)
-            except core.UserError as e: why[name] = str(e)
+            except files.UserError as e: why[name] = str(e)
         device, pixels = models['torch'].device, list(np.random.default_rng(0).integers(0, 256, (max(SIZES), 224, 224, 3), dtype=np.uint8))
         alone = {name: [rate(lambda: m.probabilities(pixels[:1]), 1, device) for _ in range(3)][-1] for name, m in models.items()}
         for name in [n for n in models if 3 * alone[n] < alone['torch']]:  # bf16 without units for it takes minutes
@@ -83,7 +83,7 @@ def main():
     parser.add_argument('--skip', nargs='*', default=[], help='backends to leave out')
     parser.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.md'))
     args = parser.parse_args()
-    torch.set_num_threads(core.cores())
+    torch.set_num_threads(machine.cores())
     clock, lines, auto, why = time.perf_counter(), [], {}, {}
     for backbone in args.models:
         rates, why, auto[backbone] = measure(backbone, args.rounds, args.skip)
@@ -94,7 +94,7 @@ def main():
                 ratios = [a / b for a, b in zip(rates[name, w], rates['torch', w])]
                 cells.append(f'{median(rates[name, w]):.3g}' + ('' if name == 'torch' else f' ({median(ratios):.2f}×, {min(ratios):.2f} – {max(ratios):.2f})'))
             lines.append(f'| {backbone} | {"torch, eager fp32" if name == "torch" else name}{" (auto)" if name == auto[backbone] else ""} | {" | ".join(cells)} |')
-    h, v = core.hardware(), core.versions()
+    h, v = machine.hardware(), machine.versions()
     import onnxruntime, openvino
     text = ['# Inference, by backend', '',
             f'{processor(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}, {h["memory_gb"]} GB, {torch.backends.cpu.get_cpu_capability()}; Python {v["python"]}, torch {v["torch"]}, timm {v["timm"]}, '
@@ -103,7 +103,7 @@ def main():
             f'`files`: {FILES} JPEG files in batches of 8, decoded, cropped and scaled while the batch before is computed. `auto` takes the fastest at batches of 8 that keeps the predictions.', '',
             f'| model | backend | {" | ".join(works)} |', f'|---|---|{"---|" * len(works)}', *lines, '',
             *(f'- {name}: not measured further. {reason}' for name, reason in why.items())]
-    with core.replacing(args.out) as out: out.write_text('\n'.join(text) + '\n', encoding='utf-8')
+    with files.replacing(args.out) as out: out.write_text('\n'.join(text) + '\n', encoding='utf-8')
     print('\n'.join(text))
 
 

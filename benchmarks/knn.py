@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dinocls import core
+from dinocls.kit import files, machine
 from dinocls.probe import STRENGTHS, _search_coarsely, _unit, logistic, neighbours
 
 K, DIM, CLASSES = 10, 768, 10
@@ -103,7 +103,7 @@ def theirs(x, labels) -> list[np.ndarray]:
 
 
 def main(rounds: int, share: float):
-    threads = core.cores()
+    threads = machine.cores()
     torch.set_num_threads(threads)
     rng, (n, m, rows) = np.random.default_rng(0), (round(share * full) for full in (50_000, 10_000, 45_000))
     bank, queries = (rng.standard_normal((size, DIM), dtype=np.float32) for size in (n, m))
@@ -124,7 +124,7 @@ def main(rounds: int, share: float):
     reached = {C: [objective(x, labels, w[i], C) for w in weights.values()] for i, C in enumerate(sorted(STRENGTHS))}
     guess = lambda w: (x @ w[:, :-1].T + w[:, -1]).argmax(1)
     differ = [int((guess(a) != guess(b)).sum()) for a, b in zip(*weights.values())]
-    h, v = core.hardware(), {'torch': torch.__version__, 'numpy': np.__version__, 'scikit-learn': __import__('sklearn').__version__}
+    h, v = machine.hardware(), {'torch': torch.__version__, 'numpy': np.__version__, 'scikit-learn': __import__('sklearn').__version__}
     if variants['faiss, IndexFlatIP']: v['faiss'] = __import__('faiss').__version__
     text = ['# Nearest neighbours and the linear probe', '',
             f'{h["cpu"]}, {threads} threads, {h["memory_gb"]} GB; {", ".join(f"{k} {number}" for k, number in v.items())}. Matrix units for bfloat16: {"yes" if fast else "no, so the search is made in float32"}.', '',
@@ -137,7 +137,7 @@ def main(rounds: int, share: float):
             *(f'| {C:g} | {a:.6g} | {b:.6g} | {a / b - 1:+.1e} | {d} of {rows:,} |' for (C, (a, b)), d in zip(reached.items(), differ))]
     print('\n'.join(text))
     if share == 1:
-        with core.replacing(Path(__file__).with_suffix('.md')) as out: out.write_text('\n'.join(text) + '\n', encoding='utf-8')
+        with files.replacing(Path(__file__).with_suffix('.md')) as out: out.write_text('\n'.join(text) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__': main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, float(sys.argv[2]) if len(sys.argv) > 2 else 1)

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dinocls import core
+from dinocls.kit import config, machine
 from dinocls.model import BACKBONES
 
 LIMIT = 4 * 2**10  # MB that no chapter may take
 
 
-def config(root: str, out: str): return core.preset('cifar', data_root=root, out=out)
+def config(root: str, out: str): return config.preset('cifar', data_root=root, out=out)
 
 
 def made_up(cfg) -> tuple[dict, dict]:  # split → features (n, dim), labels (n,)
@@ -101,9 +101,9 @@ def inside(name: str, root: str):
     with tempfile.TemporaryDirectory() as tmp:
         cfg = config(root, tmp)
         if name != 'splits': PARTS['splits'](cfg)  # what each other part finds stored
-        before, clock, cpu = core.peak_memory()['resident'], time.perf_counter(), time.process_time()
+        before, clock, cpu = machine.peak_memory()['resident'], time.perf_counter(), time.process_time()
         PARTS[name](cfg)
-        print(json.dumps({'seconds': time.perf_counter() - clock, 'cpu': time.process_time() - cpu, 'mb': core.peak_memory()['resident'], 'before': before}))
+        print(json.dumps({'seconds': time.perf_counter() - clock, 'cpu': time.process_time() - cpu, 'mb': machine.peak_memory()['resident'], 'before': before}))
 
 
 def main():
@@ -121,7 +121,7 @@ def main():
         r = json.loads(done.stdout.splitlines()[-1])
         rows.append(f'| {PARTS[name].__doc__} | {r["seconds"]:.0f} | {r["cpu"]:.0f} | {r["mb"]:,}{" (more than it may)" if r["mb"] > LIMIT else ""} |')
         print(rows[-1], flush=True)
-    h, v = core.hardware(), core.versions()
+    h, v = machine.hardware(), machine.versions()
     lines = ['# CIFAR-10 beside training', '', f'{h["cpu"]}, {h["cores"]} cores, {h["memory_gb"]} GB ({h["instructions"]}); Python {v["python"]}, torch {v["torch"]}. 45,000 training, 5,000 validation, '
              '10,000 test images; each part in a process of its own, once.', '', '| chapter · part | seconds | CPU seconds | peak MB |', '|---|---|---|---|', *rows]
     if not args.parts: Path(__file__).with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')

@@ -20,13 +20,14 @@ os.environ.setdefault('TIMM_FUSED_ATTN', '0')  # before timm is imported
 
 import torch
 
-from dinocls import core
+from dinocls.kit import config, fetch, files, machine
+from dinocls import stats
 from dinocls.data import load_split
 from dinocls.model import BACKBONES, infer, random_backbone
 from dinocls.pretrain import self_supervise, spread, step_flops
 from dinocls.probe import knn, linear_probe
 
-RECORD = core.shipped('book-cifar').with_name('book-cifar-recipe.json')
+RECORD = fetch.shipped('book-cifar').with_name('book-cifar-recipe.json')
 EPOCHS, SPEC = 4, BACKBONES['book-cifar']
 BASE = dict(dataset='cifar10', train_size=5000, val_size=5000, test_size=0, backbone='book-cifar', image_size=32, seed=42, precision='bf16', device='cpu',
             pretrain_method='simclr', pretrain_batch=128, pretrain_lr=1e-3, projection=(512, 64), contrast_temperature=0.2,
@@ -47,7 +48,7 @@ def config(changes: dict, data: str):
     "Return the configuration of a try, and give book-cifar its stem."
     fields = BASE | {k: v for k, v in changes.items() if k != 'stem'}
     BACKBONES['book-cifar'] = replace(SPEC, stem=changes.get('stem', SPEC.stem))
-    return core.preset('cifar', **fields, data_root=data, out=tempfile.gettempdir() + '/recipe')
+    return config.preset('cifar', **fields, data_root=data, out=tempfile.gettempdir() + '/recipe')
 
 
 def epochs_of(changes: dict, data: str) -> int:
@@ -67,7 +68,7 @@ def score(feats: dict, labels: dict) -> dict:
     n = len(labels['val'])
     right = {f'knn{k}': float((knn(feats['train'], labels['train'], feats['val'], k) == labels['val']).mean()) for k in (20, 3)}
     right['linear'] = linear_probe(feats['train'], labels['train'], feats['val'], labels['val'])['val_accuracy']
-    return {'n': n, **right, **{f'{k}_interval': core.wilson(v, n) for k, v in right.items()}}
+    return {'n': n, **right, **{f'{k}_interval': stats.wilson(v, n) for k, v in right.items()}}
 
 
 def attempt(name: str, changes: dict, data: str) -> dict:
@@ -127,13 +128,13 @@ def main():
     parser.add_argument('--record', type=Path, default=RECORD)
     args, began = parser.parse_args(), time.monotonic()
     torch.set_num_threads(1)
-    core_facts = {'versions': core.versions(), 'hardware': core.hardware(), 'threads': 1, 'seed': BASE['seed'], 'base': {k: v for k, v in BASE.items() if k != 'device'}, 'base_epochs': EPOCHS}
+    core_facts = {'versions': machine.versions(), 'hardware': machine.hardware(), 'threads': 1, 'seed': BASE['seed'], 'base': {k: v for k, v in BASE.items() if k != 'device'}, 'base_epochs': EPOCHS}
     rows = {}
     if args.record.exists():
-        known = core.read_json(args.record)
-        if core.digest(known['base']) == core.digest(core._plain(core_facts['base'])) and known['base_epochs'] == EPOCHS: rows = {r['name']: r for r in known['rows']}
+        known = files.read_json(args.record)
+        if files.digest(known['base']) == files.digest(files.plain(core_facts['base'])) and known['base_epochs'] == EPOCHS: rows = {r['name']: r for r in known['rows']}
 
-    def write(): core.write_json(args.record, core_facts | {'rows': list(rows.values())})
+    def write(): files.write_json(args.record, core_facts | {'rows': list(rows.values())})
 
     for name, changes in tries(rows):
         if name in rows: continue

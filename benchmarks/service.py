@@ -41,7 +41,7 @@ if way == 'predict':
             times.append(time.perf_counter() - began)
         print(json.dumps(times), flush=True)
 else:
-    from dinocls.service import serve
+    from dinocls.app.service import serve
     serve(model, port=0, page=False, max_batch=int(most), timeout=120)
 '''
 
@@ -59,16 +59,16 @@ def pictures(side: int, n: int = 64) -> list[bytes]:
 
 def save(folder: Path, side: int, name: str, **changes) -> Path:
     "Write a production folder of an untrained head on the backbone."
-    from dinocls import core
+    from dinocls.kit import config, machine
     from dinocls.inference import save_production
     from dinocls.model import classifier
-    cfg = core.preset(name, **changes)
+    cfg = config.preset(name, **changes)
     return save_production(folder, classifier(cfg, 10).eval(), cfg, [str(i) for i in range(10)], {}, native=(side, side))
 
 
 def threads() -> int:
     "Return how many threads a model gets: the clients need a core too."
-    from dinocls.core import cores
+    from dinocls.kit.machine import cores
     return max(1, cores() - 1)
 
 
@@ -141,7 +141,7 @@ def table(kind: str, found: dict) -> str:
 
 def main():
     "Measure, print, and write the report."
-    from dinocls import core
+    from dinocls.kit import config, machine
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--model', choices=MODELS, action='append')
     parser.add_argument('--seconds', type=float, default=4.0)
@@ -152,10 +152,10 @@ def main():
     parts = []
     for kind in given.model or MODELS:
         parts.append(table(kind, measure(kind, given.seconds, given.rounds)))
-        cfg = core.preset(**MODELS[kind][1])
+        cfg = config.preset(**MODELS[kind][1])
         parts[-1] = parts[-1].replace('\n\n', f'\n\n{precision(cfg, device(cfg))} on {device(cfg)}. ', 1)
         print(parts[-1], flush=True)
-    found, versions = core.hardware(), core.versions()
+    found, versions = machine.hardware(), machine.versions()
     head = ['# The service under load', '',
             f'`python benchmarks/service.py`: {found["cpu"]}, {found["cores"]} cores{", " + found["gpu"] if "gpu" in found else ""}, torch {versions["torch"]}, {threads()} thread{"s" * (threads() > 1)} for the model; '
             f'{given.rounds} rounds of {given.seconds:g} s each. Medians over the rounds; ratios are taken within a round, their range in brackets. '

@@ -24,13 +24,13 @@ from statistics import median
 import numpy as np
 import torch
 
-from dinocls import core
+from dinocls.kit import config, files, machine
 from dinocls.augment import MEAN, STD
 from dinocls.data import Loader
 from dinocls.model import autocast, classifier, precision
 from dinocls.train import Divided, Embedded, compile_backbone, start, train_epoch
 
-GPU, WORKERS, CLASSES = torch.cuda.is_available(), max(2, core.cores() // 2), 10
+GPU, WORKERS, CLASSES = torch.cuda.is_available(), max(2, machine.cores() // 2), 10
 DEVICE, SYNC = torch.device('cuda' if GPU else 'cpu'), torch.cuda.synchronize if GPU else lambda: None
 FIELDS = ('model', 'side', 'batch', 'lead', 'steps', 'rounds', 'options')  # lead: steps of an epoch that are not counted; steps: those of phase 2 that are
 CASES = [dict(zip(FIELDS, values)) for values in (
@@ -45,7 +45,7 @@ def config(case):
     "Return the configuration of a case."
     changes = OPTIONS.get(case.get('variant'), {})
     if 'micro_batch' in changes: changes = {'micro_batch': case['batch'] // 2}
-    return core.preset('reference', backbone=case['model'], weights='random', image_size=case['side'], batch_size=case['batch'], precision=case.get('precision', 'auto'), device=DEVICE.type, **changes)
+    return config.preset('reference', backbone=case['model'], weights='random', image_size=case['side'], batch_size=case['batch'], precision=case.get('precision', 'auto'), device=DEVICE.type, **changes)
 
 
 def images(case):
@@ -168,7 +168,7 @@ def measure(case):
     epoch = {'tutorial': tutorial, 'timm': timms}.get(case['variant'], ours)(case)
     say(before=before, precision=precision(config(case), DEVICE))
     for _ in sys.stdin: say(**turn(epoch, case))
-    say(peak=core.peak_memory()['gpu' if GPU else 'resident'])
+    say(peak=machine.peak_memory()['gpu' if GPU else 'resident'])
 
 
 def patches(case):
@@ -272,21 +272,21 @@ def main():
     parser.add_argument('models', nargs='*', help=f'of {", ".join(dict.fromkeys(c["model"] for c in CASES))}; all unless given')
     parser.add_argument('--rounds', type=int, help='counted rounds; 3 to 5 unless given')
     parser.add_argument('--steps', type=int, help='counted steps of an epoch of phase 2, and as many that are not; for a quick look')
-    parser.add_argument('--threads', type=int, default=core.cores())
+    parser.add_argument('--threads', type=int, default=machine.cores())
     parser.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.md'))
     args = parser.parse_args()
     cases = [c | {'threads': args.threads, 'rounds': args.rounds or c['rounds']} | ({'lead': args.steps, 'steps': args.steps} if args.steps else {}) for c in CASES if c['model'] in (args.models or c['model'])]
     if {*args.models} - {c['model'] for c in cases}: parser.error(f'unknown model among {args.models}')
     clock = time.perf_counter()
     found = [(case, phase, compare(case, phase)) for case in cases for phase in (1, 2)]
-    h, v = core.hardware(), core.versions()
+    h, v = machine.hardware(), machine.versions()
     before = median([f['before'] for _, _, variants in found for f in variants.values()])
     counted = '; '.join(f'{c["model"]}: {c["rounds"]} rounds of {2 * c["steps"]} steps in phase 1, {c["steps"]} in phase 2' for c in cases)
     lines = ['# Training, beside a tutorial\'s loop and timm\'s training step', '',
              f'{h["cpu"]}, {args.threads} threads, {h["memory_gb"]} GB, GPU: {h.get("gpu", "none")}; Python {v["python"]}, {", ".join(f"{k} {v[k]}" for k in ("torch", "torchvision", "timm", "accelerate"))}. {counted}. It took {(time.perf_counter() - clock) / 60:.0f} minutes.', '',
              'The variants are described in `train.py`. Peak memory is that of ' + ('what torch allocated on the GPU.' if GPU else f'the process, without the workers of a DataLoader; importing what all need takes {before:.0f} MB of it.'), '',
              *tables(found), '', *remarks(found)]
-    with core.replacing(args.out) as out: out.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    with files.replacing(args.out) as out: out.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
 
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'attention_weights', 'to_patches', 'attention_maps', 'roll', 'attention_distance', 'watch', 'spread',
-           'stratified', 'correlation_p', 'correlation_interval', 'correlation_power', 'correlate', 'describe',
-           'Watched', 'watched', 'attention', 'class_rows', 'registers', 'draw_maps', 'live', 'explore']
+           'stratified', 'Watched', 'watched', 'attention', 'class_rows', 'registers', 'draw_maps', 'live', 'explore']
 
 # %% ../nbs/11_attention.ipynb #a314a8cc
 import contextlib
@@ -15,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import UserError, stage, subplots
-from .data import load_split, splits
+from .data import load_split
+from .kit.figures import subplots
+from .kit.files import UserError
+from .kit.stage import stage
 from .model import BACKBONES, backbone, device, infer
 from .phase2 import phase2_logits, phase2_model
 
@@ -120,50 +121,6 @@ def stratified(labels: np.ndarray,  # (n,)
     turn = np.concatenate([np.arange(k) for k in np.unique(labels, return_counts=True)[1]])  # 0, 1, … within each class
     return np.sort(by_class[np.argsort(turn, kind='stable')][:size])
 
-# %% ../nbs/11_attention.ipynb #df899977
-def correlation_p(r: float,  # Pearson's r
-                  n: int) -> float:  # pairs, 3 or more
-    "Return the two-sided p of Pearson's r over n pairs. Raise `UserError` if there is no such test."
-    from scipy.stats import t
-    if not (-1 <= r <= 1 and n >= 3): raise UserError(f'r={r} over n={n} pairs has no p: r lies from -1 to 1, and n is at least 3.')
-    return float(2 * t.sf(abs(r) * math.sqrt((n - 2) / (1 - r * r)), n - 2)) if abs(r) < 1 else 0.0
-
-# %% ../nbs/11_attention.ipynb #b31cab42
-def correlation_interval(r: float, n: int) -> tuple[float, float]:
-    "Return the 95 % interval of Pearson's r over n pairs, by Fisher's z; with 3 pairs it is all of −1 to 1."
-    if n <= 3 or abs(r) == 1: return (-1.0, 1.0) if n <= 3 else (r, r)
-    z, half = math.atanh(r), 1.959964 / math.sqrt(n - 3)
-    return math.tanh(z - half), math.tanh(z + half)
-
-# %% ../nbs/11_attention.ipynb #18c83d1b
-def correlation_power(r: float,  # the true correlation
-                      n: int) -> float:  # pairs, 4 or more
-    "Return the probability that n pairs show a correlation with p < 0.05, by Fisher's z."
-    from scipy.stats import norm
-    shift = abs(math.atanh(r)) * math.sqrt(n - 3)
-    return float(norm.sf(1.959964 - shift) + norm.cdf(-1.959964 - shift))
-
-# %% ../nbs/11_attention.ipynb #a571725f
-def correlate(x, y,  # (n,) each
-              groups=None) -> dict:  # (n,): correlate within groups, whose means are taken off
-    "Return Pearson's r of two lists with its p, 95 % interval and n; None where r is not defined (a constant list, or n < 3)."
-    from scipy.stats import pearsonr
-    x, y, n = np.asarray(x, float), np.asarray(y, float), len(x)
-    if groups is not None:
-        _, at = np.unique(groups, return_inverse=True)
-        x, y, n = (*(v - (np.bincount(at, v) / np.bincount(at))[at] for v in (x, y)), n - at.max())
-    if n < 3 or np.ptp(x) < 1e-12 or np.ptp(y) < 1e-12: return {'r': None, 'p': None, 'low': None, 'high': None, 'n': len(x)}
-    r = float(pearsonr(x, y).statistic)
-    low, high = correlation_interval(r, n)
-    return {'r': r, 'p': correlation_p(r, n), 'low': low, 'high': high, 'n': len(x)}
-
-# %% ../nbs/11_attention.ipynb #ea45d44b
-def describe(c: dict) -> str:
-    "Put a correlation into words."
-    if c['r'] is None: return f'r is not defined (a constant, or too few points; n = {c["n"]:,})'
-    p = 'p < 0.001' if c['p'] < 0.001 else f'p = {c["p"]:.2g}'
-    return f'r = {c["r"]:.2f} (95 % interval {c["low"]:.2f} to {c["high"]:.2f}), {p}, n = {c["n"]:,}'.replace('-', '−')
-
 # %% ../nbs/11_attention.ipynb #01888336
 class Watched(nn.Module):
     "A model that answers with what `watch` sees, one row an image."
@@ -181,7 +138,7 @@ def watched(model: nn.Module, images: Tensor, cfg, blocks=slice(None)) -> list[n
     return [part.reshape(-1, *shape) for part, shape in zip(np.split(rows, np.cumsum([math.prod(s) for s in shapes])[:-1], axis=1), shapes)]
 
 # %% ../nbs/11_attention.ipynb #24f1dc9b
-@stage(reads=['attention_images'], after=[phase2_logits])
+@stage
 def attention(cfg, folder):
     "Measure the fine-tuned model's attention on all test images, and keep maps and rollout of a stratified sample."
     from scipy.special import softmax
@@ -208,7 +165,7 @@ def class_rows(result, classes: list, index=slice(None)) -> list[dict]:  # index
     return rows
 
 # %% ../nbs/11_attention.ipynb #ce905b58
-@stage(reads=['backbone', 'weights', 'image_size', 'precision', 'attention_images'], after=[splits])
+@stage
 def registers(cfg, folder):
     "Compare the last block's attention of a frozen backbone without and with registers, on a stratified sample. Raise `UserError` where there are not both."
     plain = cfg.backbone.removesuffix('_reg')

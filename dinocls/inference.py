@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['MISS', 'FORMAT', 'FILES', 'EXAMPLES', 'CARD', 'PREPROCESSING', 'KINDS', 'EXPORTS', 'GPU_PROVIDERS', 'BACKENDS',
            'calibrate', 'describe', 'check_description', 'rebuild', 'model_card', 'save_production', 'read_production',
-           'load_production', 'load_trained', 'load_model', 'from_array', 'to_pixels', 'as_png', 'synchronise',
-           'measure', 'measure_sizes', 'processor', 'benchmark', 'answer', 'as_batch', 'batch_pixels', 'ahead',
-           'scaled', 'agreement', 'ProductionModel', 'predict_batch', 'examples', 'Prepared', 'export_onnx', 'silent',
-           'session', 'quantise', 'exported', 'in_torch', 'compiled', 'in_openvino', 'lacking', 'bf16_units',
-           'start_backend', 'candidates', 'try_backends', 'fastest', 'production', 'served', 'inference_speed',
-           'backends', 'backend_table']
+           'load_production', 'load_trained', 'load_model', 'synchronise', 'measure', 'measure_sizes', 'processor',
+           'benchmark', 'answer', 'as_batch', 'batch_pixels', 'ahead', 'scaled', 'agreement', 'ProductionModel',
+           'predict_batch', 'examples', 'Prepared', 'export_onnx', 'silent', 'session', 'quantise', 'exported',
+           'in_torch', 'compiled', 'in_openvino', 'lacking', 'bf16_units', 'start_backend', 'candidates',
+           'try_backends', 'fastest', 'production', 'served', 'inference_speed', 'backends', 'backend_table']
 
 # %% ../nbs/13_inference.ipynb #e37827d9
 import contextlib
@@ -31,16 +30,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import core
 from .augment import MEAN, STD, prepare
-from .core import (CHOICES, Config, UserError, cores, cpu_name, digest, file_digest, nearest, progress, read_json,
-                          reason, recall, remember, replacing, stage, version, versions, whole, wilson, write_json)
-from .data import decode, load_dataset, load_split, splits, to_rgb
-from .ensemble import fit_temperature
-from .errors import conformal_threshold
-from .model import BACKBONES, Classifier, backbone, bf16_gain, head, infer, precision
-from .model import device as find_device
-from .phase2 import mcnemar, phase2, phase2_logits, phase2_model
+from .data import load_split, splits
+from .kit import config
+from .kit.config import Config, choices
+from .kit.datasets import load_dataset
+from .kit.files import UserError, digest, file_digest, nearest, reason, recall, remember, replacing, write_json
+from .kit.machine import cores, cpu_name, progress, version, versions
+from .kit.pictures import as_png, to_pixels
+from .kit.stage import stage
+from .model import BACKBONES, Classifier, backbone, bf16_gain, device as find_device, head, infer, precision
+from .phase2 import phase2, phase2_logits, phase2_model
+from .stats import conformal_threshold, fit_temperature, mcnemar, wilson
 from .train import classification_metrics
 
 # %% ../nbs/13_inference.ipynb #c2958b65
@@ -80,7 +81,7 @@ def check_description(about: dict, where: str) -> dict:
     classes, native = about['classes'], about['preprocessing'].get('native_size')
     if not classes or not all(isinstance(c, str) for c in classes) or len(set(classes)) < len(classes): refuse("has no valid 'classes'")
     for name in ('precision', 'pooling'):
-        if about[name] not in CHOICES[name]: refuse(f'has no valid {name!r}')
+        if about[name] not in choices(name): refuse(f'has no valid {name!r}')
     if not (isinstance(native, list) and len(native) == 2 and all(isinstance(n, int) and n > 0 for n in native)):
         refuse("has no valid 'native_size'")
     promise = about.get('conformal')
@@ -222,7 +223,7 @@ def load_trained(path: Path) -> tuple[dict, Classifier]:
             folder = path if path.is_dir() else path.parent
             fields, state = _read_object(folder/'run.json')['config'], load_file(folder/'weights.safetensors')
         state = {k.removeprefix('weights.').removeprefix('module.'): v for k, v in state.items()}
-        cfg = core.preset('quick', **{k: v for k, v in fields.items() if k in Config.__dataclass_fields__})
+        cfg = config.preset('quick', **{k: v for k, v in fields.items() if k in Config.__dataclass_fields__})
     except UserError: raise
     except Exception as e:  # whatever another program's file makes the readers raise
         raise UserError(f'{path} holds no model that this book trained ({reason(e)}): give a production folder, the folder of a stage, or a checkpoint.') from None
@@ -236,44 +237,6 @@ def load_model(path) -> tuple[dict, Classifier]:
     path = Path(path).expanduser()
     if path.suffix in ('.pt', '.safetensors') and path.is_file() or (path/'run.json').is_file(): return load_trained(path)
     return load_production(path)
-
-# %% ../nbs/13_inference.ipynb #d83086d4
-def from_array(values):  # array (h, w, 3) or (h, w), or tensor (3, h, w), uint8
-    "Return an array or a tensor as a picture in RGB. Raise `ValueError` for other shapes and types."
-    from PIL import Image
-    shape, kind = tuple(values.shape), str(values.dtype).removeprefix('torch.')
-    if kind != 'uint8': raise ValueError(f'its values are {kind}: give uint8, 0 to 255')
-    if isinstance(values, Tensor):
-        if len(shape) != 3 or shape[0] != 3: raise ValueError(f'it is a tensor of shape {shape}: give (3, height, width)')
-        values = values.detach().cpu().permute(1, 2, 0).numpy()
-    elif not (len(shape) == 2 or len(shape) == 3 and shape[2] == 3):
-        raise ValueError(f'it is an array of shape {shape}: give (height, width, 3) or (height, width)')
-    if 0 in shape: raise ValueError('it is empty')
-    return Image.fromarray(np.ascontiguousarray(values)).convert('RGB')
-
-# %% ../nbs/13_inference.ipynb #9c01e48f
-def to_pixels(item,  # path, bytes, Pillow image, array or tensor
-              native: tuple,  # (height, width)
-              name: str = 'the image') -> np.ndarray:  # uint8 (height, width, 3)
-    "Return any picture at the native size. Raise `UserError` that names the item if it is none."
-    from PIL import Image, ImageOps
-    if isinstance(item, (str, os.PathLike)): name = f'{name} ({str(item)[-200:]})'
-    try:
-        if isinstance(item, Image.Image): image = to_rgb(item)
-        elif isinstance(item, (np.ndarray, Tensor)): image = from_array(item)
-        elif isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)): image = decode(item)
-        else: raise ValueError(f'it is a {type(item).__name__}: give a path, bytes, a Pillow image, an array or a tensor')
-        if image.size != (size := (native[1], native[0])): image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-        return np.asarray(image)
-    except Exception as e:  # a decoder raises almost anything over a damaged file
-        raise UserError(f'Cannot use {name}: {reason(e)}.') from None
-
-# %% ../nbs/13_inference.ipynb #004be957
-def as_png(pixels: np.ndarray) -> bytes:
-    "Encode uint8 pixels as a PNG file."
-    from PIL import Image
-    Image.fromarray(pixels).save(file := io.BytesIO(), 'PNG')
-    return file.getvalue()
 
 # %% ../nbs/13_inference.ipynb #b2584013
 def synchronise(device: torch.device):
@@ -598,8 +561,7 @@ def fastest(model) -> str:
 # %% ../nbs/13_inference.ipynb #849c263d
 def production(cfg) -> Path:
     "Return the run's production folder, written if it is missing, damaged, old or of another phase 2."
-    cfg = whole(cfg)
-    folder, source = cfg.folder/'production', {'stage': 'phase2', 'key': phase2.key(cfg), 'started': phase2(cfg).record['started']}
+    folder, source = cfg.folder/'production', {'stage': 'phase2', 'key': phase2(cfg).record['key'], 'started': phase2(cfg).record['started']}
     with contextlib.suppress(UserError):
         if read_production(folder)['source'] == source: return folder
     logits = phase2_logits(cfg)
@@ -610,7 +572,7 @@ def production(cfg) -> Path:
                            calibration=calibrate(logits['val_logits'], logits['val_labels']), examples=examples)
 
 # %% ../nbs/13_inference.ipynb #75fc1e9e
-@stage(after=[phase2_logits])
+@stage
 def served(cfg, folder):
     "Classify the test split with the production model, from PNG bytes."
     model = ProductionModel(production(cfg), cfg.device)
@@ -619,14 +581,14 @@ def served(cfg, folder):
             'predictions': [a['prediction'] for a in answers], 'uncertain': [a['uncertain'] for a in answers]}
 
 # %% ../nbs/13_inference.ipynb #c5ec73c7
-@stage(reads=['benchmark_seconds'], after=[phase2_logits])
+@stage
 def inference_speed(cfg, folder):
     "Measure the production model on test images."
     images = load_split(cfg, 'test')[0][:256].permute(0, 2, 3, 1).numpy()
     return ProductionModel(production(cfg), cfg.device).benchmark(images, seconds=cfg.benchmark_seconds)
 
 # %% ../nbs/13_inference.ipynb #3cfad98a
-@stage(reads=['benchmark_seconds'], after=[phase2_logits])
+@stage
 def backends(cfg, folder):
     "Score and time the backends that can be used here on the test split; those that can't say why."
     model, images, why, rows, logits = ProductionModel(production(cfg), cfg.device), load_split(cfg, 'test')[0], {}, {}, {}

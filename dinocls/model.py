@@ -17,7 +17,7 @@ import importlib
 import os
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 
@@ -27,10 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import prepare
-from .core import (
-    DataConfig, ModelConfig, UserError, cpu_name, digest, file_digest, instruction_sets, nearest, reason, recall,
-    remember, shipped, shipped_record, stage, weights_digest, whole)
-from .data import _loaded, _transfer, draw_unlabelled, load_split, make_splits, splits
+from .data import draw_unlabelled, load_split, make_splits, splits
+from .kit.config import DataConfig
+from .kit.datasets import loaded
+from .kit.fetch import _transfer, shipped, shipped_record, weights_digest
+from .kit.files import UserError, digest, file_digest, nearest, reason, recall, remember
+from .kit.machine import cpu_name, instruction_sets
+from .kit.stage import stage, variant
 
 # %% ../nbs/03_model.ipynb #b71d2d2f
 @dataclass(frozen=True)
@@ -433,7 +436,7 @@ def device(cfg) -> torch.device:
         raise UserError(f'device={cfg.device!r} is not to be had here ({reason(e)}): use auto or cpu.') from None
 
 # %% ../nbs/03_model.ipynb #eeb7d133
-@stage(reads=[DataConfig, ModelConfig, 'seed', 'precision'], after=[splits])
+@stage
 def features(cfg, folder):
     "Embed each split with the frozen backbone, and say which file its weights came from."
     torch.manual_seed(cfg.seed)
@@ -449,7 +452,7 @@ def seen_in_pretraining(cfg) -> dict:  # split → images
     if record['data'] != found['fingerprint']: return none
     had, fields = {'pretrain_size': 0} | record['config'], (*DataConfig.__dataclass_fields__, 'pretrain_size')
     made_from = {f: had[f] for f in fields if f in had and f != 'data_root'}
-    data, made_by = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), replace(whole(cfg), **made_from)
+    data, made_by = loaded(cfg), variant(cfg, **made_from)
     index = draw_unlabelled(data, make_splits(data, made_by), made_by)
     return {s: int(np.isin(found[s], index).sum()) for s in none}
 

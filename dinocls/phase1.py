@@ -9,15 +9,18 @@ __all__ = ['training_data', 'varies', 'phase1', 'phase1_model', 'score', 'phase1
 # %% ../nbs/05_phase1.ipynb #f14eb540
 import numpy as np
 
-from .core import AugmentConfig, DataConfig, ModelConfig, Phase1Config, TrainConfig, metric, stage, subplots, wilson
-from .data import _loaded, load_split, splits
+from .data import load_split, splits
+from .kit.datasets import loaded
+from .kit.figures import metric, subplots
+from .kit.stage import stage
 from .model import classifier, device, features, infer
+from .stats import wilson
 from .train import classification_metrics, fit
 
 # %% ../nbs/05_phase1.ipynb #bcc07995
 def training_data(cfg) -> tuple:
     "Return all images and labels of the dataset, and the indices of the training split, as `fit` takes them: nothing is copied."
-    data = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken)
+    data = loaded(cfg)
     return data.images, data.labels, splits(cfg)['train']
 
 # %% ../nbs/05_phase1.ipynb #ed7f9791
@@ -26,7 +29,7 @@ def varies(cfg) -> bool:
     return bool(cfg.flip or cfg.crop or cfg.policy or cfg.brightness or cfg.contrast or cfg.saturation or cfg.hue or cfg.erasing or cfg.mixup or cfg.cutmix)
 
 # %% ../nbs/05_phase1.ipynb #e69d4966
-@stage(reads=[DataConfig, ModelConfig, AugmentConfig, TrainConfig, Phase1Config], after=[splits])
+@stage
 def phase1(cfg, folder):
     "Train the head on the frozen backbone, from embeddings where nothing is varied."
     model = classifier(cfg, len(splits(cfg)['classes'])).freeze()
@@ -50,7 +53,7 @@ def score(model, cfg) -> dict:
         parts |= {f'{name}_logits': infer(model, images, cfg), f'{name}_labels': labels.numpy(), f'{name}_index': splits(cfg)[name]}
     return parts
 
-@stage(after=[phase1])
+@stage
 def phase1_logits(cfg, folder):
     "Score the model of phase 1."
     return score(phase1_model(cfg), cfg)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['fine_tune', 'phase2', 'with_weights', 'phase2_model', 'phase2_logits', 'direct', 'direct_logits', 'lora_config',
-           'draw_ways', 'mcnemar', 'mean_interval', 'gained', 'class_table']
+           'draw_ways', 'class_table']
 
 # %% ../nbs/06_phase2.ipynb #5f185f5b
 import numpy as np
 
-from .core import AugmentConfig, DataConfig, ModelConfig, Phase2Config, TrainConfig, stage, subplots, variant
 from .data import load_split, splits
+from .kit.figures import subplots
+from .kit.stage import stage, variant
 from .model import add_lora, classifier, device, merge_lora
-from .phase1 import phase1, phase1_model, score, training_data
+from .phase1 import phase1_model, score, training_data
 from .train import fit
 
 # %% ../nbs/06_phase2.ipynb #5942c487
@@ -26,7 +27,7 @@ def fine_tune(model, cfg, epochs: int, folder, name: str) -> dict:
     return result | {'weights': merge_lora(model).state_dict()}
 
 # %% ../nbs/06_phase2.ipynb #88a4c182
-@stage(reads=[Phase2Config], after=[phase1])
+@stage
 def phase2(cfg, folder):
     "Train backbone and head from where phase 1 ended."
     return fine_tune(phase1_model(cfg), cfg, cfg.phase2_epochs, folder, 'phase2')
@@ -42,18 +43,18 @@ def phase2_model(cfg):
     "Return the fine-tuned classifier, on the configured device."
     return with_weights(cfg, phase2(cfg)['weights'])
 
-@stage(after=[phase2])
+@stage
 def phase2_logits(cfg, folder):
     "Score the fine-tuned model."
     return score(phase2_model(cfg), cfg)
 
 # %% ../nbs/06_phase2.ipynb #15b24926
-@stage(reads=[DataConfig, ModelConfig, AugmentConfig, TrainConfig, Phase2Config, 'phase1_epochs'], after=[splits])
+@stage
 def direct(cfg, folder):
     "Train backbone and head together from a fresh head, for as many epochs as both phases."
     return fine_tune(classifier(cfg, len(splits(cfg)['classes'])), cfg, cfg.phase1_epochs + cfg.phase2_epochs, folder, 'direct')
 
-@stage(after=[direct])
+@stage
 def direct_logits(cfg, folder):
     "Score the model that was trained in one phase."
     return score(with_weights(cfg, direct(cfg)['weights']), cfg)
@@ -71,28 +72,6 @@ def draw_ways(histories: dict, title: str):  # name → (epochs before it, histo
     ax.set(xlabel='epoch', ylabel='validation accuracy (%)', title=title)
     ax.legend(loc='lower right')
     return fig
-
-# %% ../nbs/06_phase2.ipynb #e16295a2
-def mcnemar(right_a, right_b) -> dict:
-    "Compare two models by the images that only one got right: the two counts, the difference b − a, and the exact p."
-    from scipy.stats import binomtest
-    only_a, only_b = int((right_a & ~right_b).sum()), int((~right_a & right_b).sum())
-    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return {'only_a': only_a, 'only_b': only_b, 'difference': (only_b - only_a) / len(right_a), 'p': float(p)}
-
-# %% ../nbs/06_phase2.ipynb #2d1b5e24
-def mean_interval(d: np.ndarray,  # (n,), one number an image
-                  ends: tuple | None = None,  # of the two images added; None: ± the largest difference, or `least`
-                  least: float = 1) -> tuple[float, float, float]:
-    "Return the mean over images with its 95 % interval, as if there were two images more."
-    most = max(least, np.abs(d).max())
-    more = np.append(np.asarray(d, np.float64), ends or (-most, most))
-    half = 1.959964 * more.std() / np.sqrt(len(more))
-    return float(np.mean(d)), float(more.mean() - half), float(more.mean() + half)
-
-def gained(right_a, right_b) -> tuple[float, float, float]:
-    "Return how much more accurate the second of two models is on the same images, with its paired 95 % interval."
-    return mean_interval(np.subtract(right_b, right_a, dtype=np.float64))
 
 # %% ../nbs/06_phase2.ipynb #64e4fcd6
 def class_table(logits, labels, classes: list) -> list[dict]:

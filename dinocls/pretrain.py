@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import random
+import shlex
 import time
 import warnings
 from pathlib import Path
@@ -24,11 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import core
+from . import stats
 from .augment import erase, flip, jitter, prepare, random_numbers, saturation, uniform
-from .core import DataConfig, PretrainConfig, UserError, ViewConfig, progress, replacing, stage, subplots, variant, whole, write_json
-from .data import _loaded, batches, load_split, on_device, splits, unlabelled
-from .model import BACKBONES, _fit_weights, _read_weights, autocast, backbone, device, infer, outline, random_backbone, shipped_record
+from .data import batches, load_split, on_device, splits, unlabelled
+from .kit import config, fetch
+from .kit.datasets import loaded
+from .kit.figures import subplots
+from .kit.files import UserError, replacing, write_json
+from .kit.machine import progress
+from .kit.stage import stage, variant
+from .model import BACKBONES, _fit_weights, _read_weights, backbone, device, infer, outline, random_backbone
 from .probe import knn, linear_probe, pixels, probe_one
 from .train import Keeper, Loop, checkpoints, compile_pays, load_checkpoint, optimise, start
 
@@ -334,13 +340,12 @@ def own(cfg):
 
 def unlabelled_images(cfg) -> Tensor:  # uint8 (n, 3, h, w)
     "Return the images that pre-training sees, on the device."
-    return on_device(_loaded(cfg.dataset, cfg.data_root, cfg.on_broken).images, unlabelled(cfg), device(cfg))
+    return on_device(loaded(cfg).images, unlabelled(cfg), device(cfg))
 
-@stage(reads=[DataConfig, ViewConfig, PretrainConfig, 'backbone', 'image_size', 'seed', 'precision', 'knn_k'], after=[splits])
+@stage
 def pretrain(cfg, folder):
     "Pre-train the backbone on images of the training split and, if `pretrain_size` says so, on others that are in no split; on no label."
-    c = whole(cfg)
-    return self_supervise(unlabelled_images(c), c, folder, watcher(c))
+    return self_supervise(unlabelled_images(cfg), cfg, folder, watcher(cfg))
 
 # %% ../nbs/A1_pretrain.ipynb #a96188d9
 def draw_watch(histories: dict):  # name → history
@@ -359,10 +364,10 @@ def draw_watch(histories: dict):  # name → history
     return fig
 
 # %% ../nbs/A1_pretrain.ipynb #bb8ee881
-@stage(reads=['knn_k'], after=[pretrain])
+@stage
 def pretrain_probe(cfg, folder):
     "Probe the pre-trained backbone, as its stored weights give it, by k-NN and linearly."
-    return probe_backbone(whole(cfg), pretrain.folder(cfg)/'weights.safetensors')
+    return probe_backbone(cfg, pretrain(cfg).folder/'weights.safetensors')
 
 def probe_backbone(cfg, weights) -> dict:  # 'random', None for the shipped ones, or a path
     "Probe the frozen features of a backbone; return which images were answered right, by method and split."
@@ -383,7 +388,7 @@ def probe_rows(probes: dict) -> list[dict]:  # name → result of `probe_backbon
     for name, right in probes.items():
         for method, split in (('knn', 'val'), ('knn', 'test'), ('linear', 'val'), ('linear', 'test')):
             r = right[f'{method}_{split}']
-            low, high = core.wilson(r.mean(), len(r))
+            low, high = stats.wilson(r.mean(), len(r))
             rows.append({'features': name, 'method': method, 'split': split, 'accuracy': 100 * float(r.mean()), 'low': 100 * low, 'high': 100 * high, 'n': len(r)})
     return rows
 
@@ -400,7 +405,7 @@ STUDY = {
 }
 STUDY_EPOCHS = 60
 
-@stage(reads=['knn_k'], after=[pretrain])
+@stage
 def pretrain_study(cfg, folder):
     "Pre-train shortly with each ingredient exchanged; return a row a variant, scored on validation."
     rows = []
@@ -417,18 +422,18 @@ def publish(cfg, folder: Path | None = None,  # None: the package's
     "Pre-train, probe and study a backbone of the book's own, and write its weights and their record; return the weights' path."
     if not cfg.backbone.startswith('book-'): raise UserError(f'{cfg.backbone} is not one of the book\'s own backbones: publish book-digits or book-cifar.')
     result, rows = pretrain(cfg), pretrain_study(cfg)['rows'] if study else []
-    file = Path(folder or core.shipped(cfg.backbone).parent)/f'{cfg.backbone}.safetensors'
+    file = Path(folder or fetch.shipped(cfg.backbone).parent)/f'{cfg.backbone}.safetensors'
     made = result.record
     probes = {'raw pixels': probe_features(pixels(cfg), cfg), 'random weights': probe_backbone(cfg, 'random'), 'shipped weights': pretrain_probe(cfg)}
     record = {'backbone': cfg.backbone, 'sha256': made['files']['weights.safetensors']['sha256'], 'command': command(cfg), 'seed': cfg.seed,
-              'config': {k: v for k, v in made['config'].items() if k != 'data_root'}, **{k: made[k] for k in ('versions', 'hardware', 'seconds')},
+              'config': made['fields'], **{k: made[k] for k in ('versions', 'hardware', 'seconds')},
               'data': splits(cfg)['fingerprint'], 'probes': probe_rows(probes), 'history': result['history'], 'study': rows}
-    if cfg.pretrain_from: record['from_sha256'] = core.weights_digest(cfg.backbone, cfg.pretrain_from)
+    if cfg.pretrain_from: record['from_sha256'] = fetch.weights_digest(cfg.backbone, cfg.pretrain_from)
     with replacing(file) as tmp: tmp.write_bytes((result.folder/'weights.safetensors').read_bytes())
     write_json(file.with_suffix('.json'), record)
     return file
 
 def command(cfg) -> str:
     "Return the command that makes a backbone's weights, but for the folder of the data, which lies elsewhere on each machine."
-    fields = core.shlex.split(core.format_overrides(cfg))
-    return ' '.join(['dinocls publish', f'--preset {cfg.preset}', *(f'--set {core.shlex.quote(f)}' for f in fields if not f.startswith('data_root='))])
+    fields = shlex.split(config.format_overrides(cfg))
+    return ' '.join(['dinocls publish', f'--preset {cfg.preset}', *(f'--set {shlex.quote(f)}' for f in fields if not f.startswith('data_root='))])

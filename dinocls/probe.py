@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'RATES', 'REPRESENTATIONS', 'KS', 'SHOTS', 'DRAWS', 'NAMES', 'one_thread', 'neighbours', 'vote', 'knn',
            'logistic', 'linear_probe', 'sgd_probe', 'finetuned_features', 'pixels', 'probe_one', 'knn_curve', 'curves',
-           'few_shot', 'between_share', 'layouts', 'probe', 'rightness', 'probe_table', 'few_shot_means', 'holm',
-           'pairs', 'probe_metrics', 'draw_probes', 'draw_curve', 'draw_strengths', 'draw_few_shot', 'draw_scatter',
-           'spaced', 'draw_pictures']
+           'few_shot', 'between_share', 'layouts', 'probe', 'rightness', 'probe_table', 'few_shot_means',
+           'probe_metrics', 'draw_probes', 'draw_curve', 'draw_strengths', 'draw_few_shot', 'draw_scatter', 'spaced',
+           'draw_pictures']
 
 # %% ../nbs/08_probe.ipynb #67554307
 import contextlib
@@ -18,10 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import UserError, metric, progress, stage, subplots, wilson
-from .data import load_split, splits
+from .data import load_split
+from .kit.figures import metric, subplots
+from .kit.files import UserError
+from .kit.machine import progress
+from .kit.stage import stage
 from .model import device, features, infer, pool
-from .phase2 import mcnemar, phase2, phase2_logits, phase2_model
+from .phase2 import phase2_logits, phase2_model
+from .stats import mcnemar, wilson
 
 # %% ../nbs/08_probe.ipynb #2bf3bd6a
 def _unit(x, what: str) -> torch.Tensor:  # float32 (n, dim), rows of length 1
@@ -233,7 +237,7 @@ def sgd_probe(train_feats, train_labels, val_feats, val_labels,  # (n, dim), (n,
             **{f'{s}_predictions': g[:, accuracy.argmax()] for s, g in guesses.items()}}
 
 # %% ../nbs/08_probe.ipynb #acbc50cf
-@stage(after=[phase2])
+@stage
 def finetuned_features(cfg, folder):
     "Embed each split with the fine-tuned backbone."
     body = phase2_model(cfg).backbone
@@ -306,7 +310,7 @@ def layouts(feats: np.ndarray, most: int = 1000) -> dict:
     return {'shown': shown, 'pca': reduced[:, :2], 'tsne': tsne, 'variance': pca.explained_variance_ratio_[:2]}
 
 # %% ../nbs/08_probe.ipynb #8ae0f5c6
-@stage(reads=['knn_k'], after=[features, finetuned_features, phase2_logits])
+@stage
 def probe(cfg, folder):
     "Probe raw pixels, frozen and fine-tuned features; keep who was right on which image, and what the figures show."
     labels = {s: load_split(cfg, s)[1].numpy() for s in ('train', 'val', 'test')}
@@ -351,19 +355,6 @@ def few_shot_means(rows: list[dict]) -> list[dict]:
     draws = {}
     for r in rows: draws.setdefault((r['method'], r['shots']), []).append(r['accuracy'])
     return [{'method': m, 'shots': s, 'mean': float(np.mean(a)), 'std': float(np.std(a, ddof=1)) if len(a) > 1 else 0., 'draws': len(a)} for (m, s), a in draws.items()]
-
-# %% ../nbs/08_probe.ipynb #59a76b4f
-def holm(p) -> np.ndarray:
-    "Return p values corrected for their number by Holm's method."
-    p, order = np.asarray(p, float), np.argsort(p)
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return corrected
-
-def pairs(right: dict) -> list[dict]:  # name → bool (n,); one row for each two, differences in points
-    "Compare every two methods on the same images by McNemar's test; p also corrected for the number of comparisons."
-    rows = [{'a': a, 'b': b, **mcnemar(right[a], right[b])} for i, a in enumerate(right) for b in list(right)[i + 1:]]
-    return [{**r, 'difference': 100 * r['difference'], 'holm': float(h)} for r, h in zip(rows, holm([r['p'] for r in rows]))]
 
 # %% ../nbs/08_probe.ipynb #fb745d21
 def probe_metrics(result, seed: int) -> list[dict]:

@@ -10,7 +10,11 @@ __all__ = ['SCALE', 'PROPORTIONS', 'REPORTED_N', 'SIDES', 'reference', 'written'
 # %% ../nbs/14_report.ipynb #b23b2c87
 import re
 
-from .core import Config, read_claims, read_json, read_metrics, subplots, version, wilson, write_json
+from .kit.config import Config
+from .kit.figures import read_claims, read_metrics, subplots
+from .kit.files import read_json
+from .kit.machine import version
+from .stats import wilson
 
 # %% ../nbs/14_report.ipynb #2ebbde4f
 def _row(section, item, reported, unit, chapter, name, split='test', **where) -> dict:
@@ -263,7 +267,7 @@ def draw_chart(models: list[dict], own: dict | None):
 def results(cfg: Config) -> dict:
     "Return all that a run knows of itself: configuration, metrics, comparison, and the records of its stages."
     records = [read_json(p) for p in sorted((cfg.folder/'stages').glob('*/run.json')) if p.parent.suffix != '.partial']
-    keep = ('stage', 'key', 'config', 'upstream', 'git', 'versions', 'hardware', 'seconds', 'peak_memory_mb', 'files')
+    keep = ('stage', 'key', 'fields', 'content', 'code', 'after', 'kept', 'git', 'versions', 'hardware', 'seconds', 'peak_memory_mb', 'files')
     return {'run': cfg.folder.name, 'version': version(), 'preset': cfg.preset, 'config': read_json(cfg.folder/'run.json')['config'],
             'data': [read_json(p)['fingerprint'] for p in (cfg.folder/'stages').glob('splits-*/result.json')],  # SHA-256 of images and labels
             'metrics': read_metrics(cfg), 'reported_and_measured': compare(cfg), 'contradictions': contradictions(),
@@ -279,8 +283,9 @@ def schema() -> dict:
                       reported={'anyOf': [number, {'type': 'array', 'items': number, 'minItems': 2, 'maxItems': 2}]}, measured=maybe('number'), low=maybe('number'), high=maybe('number'),
                       verdict={'enum': ['agrees', 'differs', 'not comparable', 'not run']})
     made = record('chapter claim holds evidence', chapter=text, claim=text, evidence=text, holds=maybe('boolean'))
-    step = record('stage key config upstream versions hardware seconds files', stage=text, key={'type': 'string', 'pattern': '^[0-9a-f]{64}$'}, config={'type': 'object'}, upstream={'type': 'object'},
-                  git=text, versions={'type': 'object'}, hardware={'type': 'object'}, seconds=number, files={'type': 'object'})
+    step = record('stage key fields content code after kept versions hardware seconds files', stage=text, git=text, kept=text,
+                  key={'type': 'string', 'pattern': '^[0-9a-f]{64}$'}, seconds=number,
+                  **{k: {'type': 'object'} for k in ('fields', 'content', 'code', 'after', 'versions', 'hardware', 'files')})
     whole = record('run version preset config data metrics reported_and_measured contradictions claims stages',
                    run=text, version=text, preset=text, config={'type': 'object'},
                    data={'type': 'array', 'items': text},

@@ -5,18 +5,16 @@
 # %% auto #0
 __all__ = ['schedule', 'averaged', 'initial_share', 'Loop', 'start', 'Divided', 'joined', 'optimise', 'halve', 'train_step',
            'step_seed', 'Embedded', 'train_epoch', 'diagnosis', 'group_rates', 'accuracy_and_loss', 'evaluate',
-           'mean_auc', 'classification_metrics', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'Keeper',
-           'any_process', 'compile_key', 'passes', 'measure_compile', 'compile_pays', 'compile_backbone',
-           'shared_infer', 'val_logits', 'validate', 'fit']
+           'classification_metrics', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'Keeper', 'any_process',
+           'compile_key', 'passes', 'measure_compile', 'compile_pays', 'compile_backbone', 'shared_infer', 'val_logits',
+           'validate', 'fit']
 
 # %% ../nbs/04_train.ipynb #cdf7efd9
 import contextlib
 import copy
 import json
 import math
-import os
 import signal
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -26,10 +24,12 @@ import numpy as np
 import torch
 
 from .augment import augment, mix, mixed_loss, prepare
-from .core import (AugmentConfig, DataConfig, ModelConfig, TrainConfig, UserError, as_os_error, cpu_name, digest,
-                          file_digest, progress, reason, recall, remember, replacing, whole)
-from .data import Loader, batches, load_split
+from .data import Loader, batches
+from .kit.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
+from .kit.files import UserError, as_os_error, file_digest, reason, recall, remember, replacing
+from .kit.machine import cpu_name, progress
 from .model import Classifier, device, infer, param_groups, plain_attention, precision
+from .stats import mean_auc
 
 # %% ../nbs/04_train.ipynb #f9862ec6
 def schedule(optimiser, kind: str,  # onecycle, cosine or constant
@@ -95,7 +95,7 @@ def _accelerator(cfg):
 # %% ../nbs/04_train.ipynb #048b7cfc
 def start(model: Classifier, cfg, epochs: int, steps_per_epoch: int, lr_backbone: float, lr_head: float, layer_decay: float = 1.0) -> Loop:
     "Set up training of whatever in the model is not frozen."
-    accelerator, cfg = _accelerator(cfg), whole(cfg)
+    accelerator = _accelerator(cfg)
     model = model.to(accelerator.device)
     if not model.frozen: plain_attention(model, cfg, accelerator.device)
     if cfg.gradient_checkpointing: model.backbone.set_grad_checkpointing()
@@ -247,15 +247,6 @@ def evaluate(model: torch.nn.Module, images,  # uint8 (n, 3, h, w)
     "Score a classifier on uint8 images, in evaluation mode and without augmentation."
     logits = infer(model, images, cfg)
     return accuracy_and_loss(logits, labels) | {'logits': logits}
-
-# %% ../nbs/04_train.ipynb #9e9e4316
-def mean_auc(p: np.ndarray,  # (n, classes)
-             labels: np.ndarray) -> float:  # (n,); NaN if all are of one class
-    "Return the mean area under the ROC curve, each class against the rest; a class that no image has is left out."
-    from sklearn.metrics import roc_auc_score
-    mine = labels[:, None] == np.arange(p.shape[1])  # (n, classes)
-    told = np.flatnonzero(mine.any(0) & ~mine.all(0))
-    return float(np.mean([roc_auc_score(mine[:, c], p[:, c]) for c in told])) if len(told) else np.nan
 
 # %% ../nbs/04_train.ipynb #2470c3b9
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict:

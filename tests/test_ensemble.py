@@ -10,19 +10,22 @@ import pytest
 import torch
 from conftest import ROOT, environment
 
-from dinocls import core
-from dinocls.core import UserError, run_stages, variant
+from dinocls.kit import config, stage
+from dinocls.kit.files import UserError
+from dinocls.kit.parallel import run_stages
+from dinocls.kit.stage import variant
 
 TOY = '''
 import os, time
-from dinocls.core import UserError, stage
+from dinocls.kit.files import UserError
+from dinocls.kit.stage import stage
 
 def wait_for(what, seconds=30):
     end = time.time() + seconds
     while not what() and time.time() < end: time.sleep(0.02)
     return bool(what())
 
-@stage(reads=['seed'])
+@stage
 def toy(cfg, folder):
     "Seeds 1 and 2 wait for each other, 3 fails, 4 is killed, 5 sleeps."
     (cfg.folder/f'{cfg.seed}.pid').write_text(str(os.getpid()))
@@ -34,7 +37,9 @@ def toy(cfg, folder):
 '''
 STOPPED = '''
 import toys
-from dinocls.core import preset, run_stages, variant
+from dinocls.kit.config import preset
+from dinocls.kit.parallel import run_stages
+from dinocls.kit.stage import variant
 if __name__ == '__main__':
     cfg = preset('smoke', out='run')
     run_stages(toys.toy, [variant(cfg, seed=s) for s in (5, 6)], devices=['cpu', 'cpu'])
@@ -48,13 +53,13 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import toys
     yield toys.toy
-    core.STAGES.pop('toy', None)
+    stage.STAGES.pop('toy', None)
     sys.modules.pop('toys')
 
 
 @pytest.fixture
 def cfgs(tmp_path):
-    base = core.preset('smoke', out=tmp_path/'run', seed=0)
+    base = config.preset('smoke', out=tmp_path/'run', seed=0)
     return {seed: variant(base, seed=seed) for seed in range(6)}
 
 

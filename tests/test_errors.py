@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from scipy.stats import betabinom, binom
 
-from dinocls import core, errors
-from dinocls.data import data_folder
+from dinocls.kit import files
+from dinocls import errors
+from dinocls.kit.fetch import data_folder
 
 
 def answers(n=4000, classes=6, seed=0, sharp=0.4):
@@ -138,7 +139,7 @@ def test_fetches_what_is_not_there(judges, tmp_path, monkeypatch):
 def test_offline_it_says_what_to_do(judges, monkeypatch):
     (judges/'cifar10h-counts.npy').unlink()
     monkeypatch.setattr(errors, 'JUDGES', errors.JUDGES | {'votes': ('cifar10h-counts.npy', 'http://127.0.0.1:9/cifar10h-counts.npy')})
-    with pytest.raises(core.UserError, match='cifar10h-counts.npy is not in .* could not be downloaded .*put the file') as told: errors.read_judges(str(judges))
+    with pytest.raises(files.UserError, match='cifar10h-counts.npy is not in .* could not be downloaded .*put the file') as told: errors.read_judges(str(judges))
     assert 'Connection refused' in str(told.value) and 'Cannot write' not in str(told.value)
 
 
@@ -153,7 +154,7 @@ def test_offline_it_says_what_to_do(judges, monkeypatch):
 ], ids=['cut short', 'fields', 'no JSON', 'nine classes', 'votes in another order', 'labels in another order', 'too few'])
 def test_files_that_are_something_else_are_refused(judges, damage):
     damage(judges)
-    with pytest.raises(core.UserError, match='cannot be read .*delete|do not belong together: delete'): errors.read_judges(str(judges))
+    with pytest.raises(files.UserError, match='cannot be read .*delete|do not belong together: delete'): errors.read_judges(str(judges))
 
 
 @pytest.mark.parametrize('stored', [np.arange(20), np.argsort(ORIGINAL, kind='stable')], ids=['archive', 'folders'])
@@ -174,9 +175,9 @@ def test_judges_meet_the_right_images_however_they_are_stored(judges, stored):
 
 def test_another_order_is_refused(judges):
     found = errors.read_judges(str(judges))
-    with pytest.raises(core.UserError, match='neither in the original order'): errors.original_order(ORIGINAL[::-1], found['labels'])
-    with pytest.raises(core.UserError, match='neither in the original order'): errors.original_order(ORIGINAL[:10], found['labels'])
-    with pytest.raises(core.UserError, match='do not apply'): errors.judged_errors(found, np.arange(20)[::-1], ORIGINAL, ORIGINAL, {})
+    with pytest.raises(files.UserError, match='neither in the original order'): errors.original_order(ORIGINAL[::-1], found['labels'])
+    with pytest.raises(files.UserError, match='neither in the original order'): errors.original_order(ORIGINAL[:10], found['labels'])
+    with pytest.raises(files.UserError, match='do not apply'): errors.judged_errors(found, np.arange(20)[::-1], ORIGINAL, ORIGINAL, {})
 
 
 def test_the_judges_themselves_meet_cifar10_itself(real):

@@ -12,13 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dinocls import core
-from dinocls.core import UserError, file_digest
-from dinocls.data import FORMATS
-from dinocls.inference import BACKENDS, CARD, FILES, ProductionModel, as_png, calibrate, lacking, save_production, scaled, start_backend
+from dinocls.kit import config
+from dinocls.kit.files import UserError, file_digest
+from dinocls.kit.pictures import FORMATS
+from dinocls.inference import (
+    BACKENDS, CARD, FILES, ProductionModel, calibrate, lacking, save_production, scaled, start_backend)
+from dinocls.kit.pictures import as_png
 from dinocls.model import classifier
 
-CFG = core.preset('smoke')
+CFG = config.preset('smoke')
 CLASSES, LAYERS = [str(i) for i in range(10)], len(CFG.head_widths)
 RGB = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 
@@ -88,7 +90,7 @@ def test_same_picture_in_every_guise(model, tmp_path):
 
 
 def test_native_pixels_are_not_touched(model):
-    from dinocls.inference import to_pixels
+    from dinocls.kit.pictures import to_pixels
     pixels = RGB[:, :24].repeat(2, 0).repeat(2, 1)[:32, :32]
     assert (to_pixels(as_png(pixels), model.native) == pixels).all()
 
@@ -324,7 +326,7 @@ def test_gpu_answers_alike(saved, model):
 
 def test_what_a_run_keeps_is_served(tmp_path, model):
     from safetensors.torch import save_file
-    cfg = core.preset('smoke', out=str(tmp_path))
+    cfg = config.preset('smoke', out=str(tmp_path))
     record = {'config': {'dataset': 'digits', 'backbone': cfg.backbone, 'head_widths': list(cfg.head_widths), 'head_dropout': list(cfg.head_dropout), 'image_size': 32}}
     state = model.model.state_dict()
     (folder := tmp_path/'phase2-1').mkdir()
@@ -466,7 +468,7 @@ def test_failed_save_leaves_the_old_model(tmp_path, model, monkeypatch):
 
 
 def test_saving_what_could_not_be_loaded(tmp_path, model):
-    for cfg, classes in ((CFG, CLASSES[:9]), (CFG, ['a'] * 10), (CFG, []), (core.preset('smoke', head_widths=(7,) * len(CFG.head_widths)), CLASSES)):
+    for cfg, classes in ((CFG, CLASSES[:9]), (CFG, ['a'] * 10), (CFG, []), (config.preset('smoke', head_widths=(7,) * len(CFG.head_widths)), CLASSES)):
         refused(lambda: save_production(tmp_path/'p', model.model, cfg, classes, {}))
     assert not list(tmp_path.iterdir())
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinocls.core import UserError
+from dinocls.kit.files import UserError
 from dinocls.data import Loader, batches
 
 RNG = np.random.default_rng(0)

@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dinocls import core, model
-from dinocls.book import settings
-from dinocls.core import UserError
-from dinocls.model import BACKBONES, Classifier, add_lora, backbone, head, merge_lora, param_groups, random_backbone, weights_at_hand, weights_file
+from dinocls.kit import config, fetch
+from dinocls import model
+from dinocls.app.cli import settings
+from dinocls.kit.files import UserError
+from dinocls.model import (
+    BACKBONES, Classifier, add_lora, backbone, head, merge_lora, param_groups, random_backbone, weights_at_hand,
+    weights_file)
 
 KINDS = ('book-digits', 'book-stem', 'dinov2_vits14', 'dinov2_vits14_reg', 'dinov3_vits16')
 
@@ -70,7 +73,7 @@ def host():
 
 
 @pytest.fixture(scope='module')
-def digits(): return core.shipped('book-digits').read_bytes()
+def digits(): return fetch.shipped('book-digits').read_bytes()
 
 
 def sha256(content): return hashlib.sha256(content).hexdigest()
@@ -101,7 +104,7 @@ def test_what_is_not_what_was_asked_for_is_not_kept(cache, host, digits):
 
 def test_files_of_one_name_are_told_apart(cache, host, digits):
     url, files, _, _ = host
-    save_file({k: v + 1 for k, v in model._read_weights(core.shipped('book-digits')).items()}, cache/'other.safetensors')
+    save_file({k: v + 1 for k, v in model._read_weights(fetch.shipped('book-digits')).items()}, cache/'other.safetensors')
     files |= {'/a/model.safetensors': digits, '/b/model.safetensors': (cache/'other.safetensors').read_bytes()}
     a, b = (backbone('book-digits', 32, f'{url}/{x}/model.safetensors').norm.bias for x in 'ab')
     assert torch.allclose(a + 1, b, atol=2e-3) and torch.equal(a, backbone('book-digits', 32).norm.bias)
@@ -122,7 +125,7 @@ def test_the_authors_file_is_found_in_the_cache_of_torch_hub(cache, monkeypatch)
 
 def test_keys_do_not_change_with_a_download(cache):
     for weights in ('official', '', 'https://host.invalid/a.pth'):
-        cfg = core.preset('smoke', backbone='dinov2_vits14', image_size=28, weights=weights, out=str(cache/'run'))
+        cfg = config.preset('smoke', backbone='dinov2_vits14', image_size=28, weights=weights, out=str(cache/'run'))
         before = model.features.key(cfg)
         for name in ('dinov2_vits14_pretrain.pth', 'a.pth'): (cache/'torch'/'checkpoints'/name).write_bytes(b'1')
         assert model.features.key(cfg) == before
@@ -254,7 +257,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, rank):
 
 @pytest.mark.parametrize('pooling, dim', [('mean', 96), ('cls+mean', 192), ('attention', 96)])
 def test_features_are_pooled_as_configured(tmp_path, pooling, dim):
-    cfg = core.preset('smoke', pooling=pooling, out=str(tmp_path), train_size=20, val_size=20, test_size=20)
+    cfg = config.preset('smoke', pooling=pooling, out=str(tmp_path), train_size=20, val_size=20, test_size=20)
     feats, images = model.features(cfg), model.load_split(cfg, 'test')[0]
     cls = model.infer(backbone('book-digits', 32), images, cfg)
     assert feats['test'].shape == (20, dim) and feats['weights']['sha256'] == model.shipped_record('book-digits')['sha256']
@@ -277,12 +280,12 @@ def test_precision_on_a_cpu_is_measured_once_a_machine(tmp_path, monkeypatch):
     def auto(gain, **more):
         model.bf16_gain.cache_clear()
         monkeypatch.setattr(model, 'block_seconds', lambda *args: asked.append(args) or [gain, 1.0])
-        return model.precision(core.preset('smoke', **more), cpu)
+        return model.precision(config.preset('smoke', **more), cpu)
     assert auto(1.7, backbone='book-cifar') == 'bf16'
     assert auto(0.5) == 'fp32' and auto(1.1, backbone='dinov2_vits14', image_size=28) == 'fp32'  # too little to be sure of
     assert auto(0.1, backbone='book-cifar') == 'bf16' and len(asked) == 3  # remembered
-    assert model.precision(core.preset('smoke', precision='fp32', backbone='book-cifar'), cpu) == 'fp32'
-    assert model.precision(core.preset('smoke', precision='fp16'), cpu) == 'bf16'
+    assert model.precision(config.preset('smoke', precision='fp32', backbone='book-cifar'), cpu) == 'fp32'
+    assert model.precision(config.preset('smoke', precision='fp16'), cpu) == 'bf16'
     model.bf16_gain.cache_clear()
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, dinocls
 
-from dinocls import book, core
+from dinocls.kit import config
+from dinocls import book
 
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 BY_NAME = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
@@ -47,7 +48,7 @@ def test_expects_the_same_of_every_preset(path):
 
 @BY_NAME
 def test_says_what_it_costs(path):
-    assert set(book.read_chapter(path).cost) == set(core.PRESETS)
+    assert set(book.read_chapter(path).cost) == set(config.PRESETS)
 
 
 def test_order_is_the_order_of_dependencies():

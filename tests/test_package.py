@@ -22,7 +22,8 @@ import importlib, pkgutil, dinocls
 assert dinocls.__file__.startswith(sys.argv[1]), dinocls.__file__
 for module in pkgutil.iter_modules(dinocls.__path__):
     if not module.name.startswith('_'): importlib.import_module(f'dinocls.{module.name}')
-from dinocls.core import preset, subplots
+from dinocls.kit.config import preset
+from dinocls.kit.figures import subplots
 from dinocls.phase1 import phase1_logits
 logits = phase1_logits(preset('smoke', out='run'))
 assert logits['test_logits'].shape == (100, 10)

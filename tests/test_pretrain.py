@@ -15,9 +15,11 @@ from test_package import BLOCKED
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinocls import augment, core, model, pretrain
-from dinocls.core import UserError
-from dinocls.data import _loaded, load_dataset, load_split, splits
+from dinocls.kit import config, fetch, files
+from dinocls import augment, model, pretrain
+from dinocls.kit.files import UserError
+from dinocls.kit.datasets import loaded, load_dataset
+from dinocls.data import load_split, splits
 
 SMALL = dict(train_size=60, pretrain_epochs=1, pretrain_batch=20)
 NOISE = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -33,7 +35,7 @@ def same(a, b): return all(torch.equal(v, b[k]) for k, v in a.items())
 def changed(monkeypatch):
     "Let pre-training see images and labels that a function has changed, split by split; the splits stay."
     def change(how, cfg):
-        data, parts = _loaded(cfg.dataset, cfg.data_root, cfg.on_broken), {s: splits(cfg)[s] for s in ('train', 'val', 'test')}
+        data, parts = loaded(cfg), {s: splits(cfg)[s] for s in ('train', 'val', 'test')}
         images, labels = data.images.copy(), torch.from_numpy(data.labels.copy())
         for name, index in parts.items():
             x, y = how(name, torch.from_numpy(images[index]).permute(0, 3, 1, 2), labels[index])
@@ -45,26 +47,26 @@ def changed(monkeypatch):
 
 
 def test_no_label_is_read(tmp_path, changed):
-    cfg = core.preset('smoke', out=str(tmp_path/'true'), **SMALL)
+    cfg = config.preset('smoke', out=str(tmp_path/'true'), **SMALL)
     before = weights(cfg)
     changed(lambda name, x, y: (x, y[torch.randperm(len(y))]), cfg)
-    assert same(before, weights(core.preset('smoke', out=str(tmp_path/'shuffled'), **SMALL)))
+    assert same(before, weights(config.preset('smoke', out=str(tmp_path/'shuffled'), **SMALL)))
 
 
 def test_only_the_training_split_is_used(tmp_path, changed):
-    cfg = core.preset('smoke', out=str(tmp_path/'true'), **SMALL)
+    cfg = config.preset('smoke', out=str(tmp_path/'true'), **SMALL)
     before = weights(cfg)
     changed(lambda name, x, y: (x if name == 'train' else torch.randint_like(x, 256), y), cfg)
-    assert same(before, weights(core.preset('smoke', out=str(tmp_path/'noise'), **SMALL)))
+    assert same(before, weights(config.preset('smoke', out=str(tmp_path/'noise'), **SMALL)))
     changed(lambda name, x, y: (x.flip(-1), y), cfg)
-    assert not same(before, weights(core.preset('smoke', out=str(tmp_path/'mirrored'), **SMALL)))
+    assert not same(before, weights(config.preset('smoke', out=str(tmp_path/'mirrored'), **SMALL)))
 
 
 def test_images_of_no_split_are_learned_from_as_well(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(pretrain, 'self_supervise', lambda images, *_: seen.append(images) or {'weights': {}})
-    for size in (0, 150): pretrain.pretrain(core.preset('smoke', out=str(tmp_path/str(size)), **SMALL, pretrain_size=size))
-    train = load_split(core.preset('smoke', out=str(tmp_path/'0'), **SMALL), 'train')[0]
+    for size in (0, 150): pretrain.pretrain(config.preset('smoke', out=str(tmp_path/str(size)), **SMALL, pretrain_size=size))
+    train = load_split(config.preset('smoke', out=str(tmp_path/'0'), **SMALL), 'train')[0]
     assert torch.equal(seen[0], train) and len(seen[1]) == 150
     assert {x.numpy().tobytes() for x in train} <= {x.numpy().tobytes() for x in seen[1]}
 
@@ -73,10 +75,10 @@ def test_images_of_no_split_are_learned_from_as_well(tmp_path, monkeypatch):
                                      dict(view_grey=0.5, view_saturation=0.4, view_flip=True, view_zoom=(0.4, 1.0))])
 def test_each_option_trains_reproducibly(tmp_path, options):
     "On the backbone for CIFAR-10, whose 8×8 patches leave room for local views and masks."
-    images = load_split(core.preset('smoke'), 'train')[0][:12]
+    images = load_split(config.preset('smoke'), 'train')[0][:12]
     runs = []
     for i in range(2):
-        cfg = core.preset('smoke', backbone='book-cifar', weights='random', out=str(tmp_path/str(i)), **SMALL | dict(pretrain_batch=6) | options)
+        cfg = config.preset('smoke', backbone='book-cifar', weights='random', out=str(tmp_path/str(i)), **SMALL | dict(pretrain_batch=6) | options)
         runs.append(pretrain.self_supervise(images, cfg, tmp_path/str(i)))
     assert same(runs[0]['weights'], runs[1]['weights']) and np.isfinite(runs[0]['history'][0]['loss'])
 
@@ -108,7 +110,7 @@ def a_loop(cfg):
 @METHODS
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_a_step_does_not_wait_for_the_device(options, precision):
-    loop = a_loop(core.preset('smoke', precision=precision, **EVERYTHING | options))
+    loop = a_loop(config.preset('smoke', precision=precision, **EVERYTHING | options))
     with Watched():
         for done in (0.0, 0.5): pretrain.pretrain_step(loop, loop.model, NOISE[:8], torch.Generator().manual_seed(0), done)
         with pytest.raises(AssertionError, match='waits'): pretrain.optimise(loop, loop.model(torch.randn(8, 3, 32, 32))[1].sum())
@@ -120,7 +122,7 @@ def test_views_and_loss_take_nothing_from_the_host(options, monkeypatch):
     numbers = lambda *shape, generator, kind=torch.rand: kind(shape, device='meta')
     for module in (augment, pretrain): monkeypatch.setattr(module, 'random_numbers', numbers)
     monkeypatch.setattr(torch, 'autocast', lambda *_, **__: contextlib.nullcontext())  # does not know that device
-    cfg, images = pretrain.recipe(core.preset('smoke', **EVERYTHING | options)), torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device='meta')
+    cfg, images = pretrain.recipe(config.preset('smoke', **EVERYTHING | options)), torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device='meta')
     with torch.device('meta'): student = pretrain.Student(cfg)
     with Watched():
         views = pretrain.draw_views(images, cfg, None, 0.5)
@@ -151,7 +153,7 @@ def stoppable():
 @pytest.mark.parametrize('after', [2, 3])  # within an epoch, and as it ends
 def test_a_stop_at_any_step_loses_nothing(options, after, tmp_path, monkeypatch, stoppable, capsys):
     step, taken = pretrain.pretrain_step, []
-    cfg = core.preset('smoke', out=str(tmp_path/'run'), **SMALL | dict(pretrain_epochs=2) | options)
+    cfg = config.preset('smoke', out=str(tmp_path/'run'), **SMALL | dict(pretrain_epochs=2) | options)
     (tmp_path/'a').mkdir(), (tmp_path/'b').mkdir()
     whole = pretrain.self_supervise(NOISE, cfg, tmp_path/'a')
 
@@ -172,7 +174,7 @@ def test_a_stop_at_any_step_loses_nothing(options, after, tmp_path, monkeypatch,
 
 @METHODS
 def test_training_goes_on_from_what_came_home(options, tmp_path, monkeypatch):
-    cfg = core.preset('smoke', weights='random', out=str(tmp_path/'run'), **SMALL | dict(pretrain_batch=6) | options)
+    cfg = config.preset('smoke', weights='random', out=str(tmp_path/'run'), **SMALL | dict(pretrain_batch=6) | options)
     (tmp_path/'a').mkdir()
     home = pretrain.self_supervise(NOISE[:12], dataclasses.replace(cfg, seed=7), tmp_path/'a')
     for part in ('weights', 'teacher'): save_file(home[part], tmp_path/f'{part}.safetensors')
@@ -194,10 +196,10 @@ def test_what_training_goes_on_from_decides_the_key(tmp_path):
     keys = []
     for value in (0.0, 1.0):
         save_file({'norm.weight': torch.full((96,), value)}, file)
-        keys.append(pretrain.pretrain.key(core.preset('smoke', pretrain_from=str(file))))
-    assert len({*keys, pretrain.pretrain.key(core.preset('smoke'))}) == 3
-    with pytest.raises(UserError, match='of another model'): pretrain.started_from(pretrain.Student(core.preset('smoke')), str(file))
-    with pytest.raises(UserError, match='cannot be read'): pretrain.started_from(pretrain.Student(core.preset('smoke')), str(tmp_path/'none.safetensors'))
+        keys.append(pretrain.pretrain.key(config.preset('smoke', pretrain_from=str(file))))
+    assert len({*keys, pretrain.pretrain.key(config.preset('smoke'))}) == 3
+    with pytest.raises(UserError, match='of another model'): pretrain.started_from(pretrain.Student(config.preset('smoke')), str(file))
+    with pytest.raises(UserError, match='cannot be read'): pretrain.started_from(pretrain.Student(config.preset('smoke')), str(tmp_path/'none.safetensors'))
 
 
 @pytest.mark.parametrize('grid', [(1, 2), (2, 2), (4, 4)])
@@ -210,13 +212,13 @@ def test_a_mask_hides_a_patch_however_few_there_are(grid):
 
 def test_local_views_need_room():
     with pytest.raises(UserError, match='at least 4 patches wide; 16 pixels of book-digits are 2'):
-        pretrain.draw_views(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), core.preset('smoke', image_size=16, local_views=1), torch.Generator(), 1.0)
+        pretrain.draw_views(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), config.preset('smoke', image_size=16, local_views=1), torch.Generator(), 1.0)
 
 
 @pytest.mark.parametrize('field, value', [('pretrain_method', 'byol'), ('centring', 'none'), ('pretrain_batch', 1), ('teacher_momentum', 0), ('teacher_momentum', 1),
                                           ('teacher_temperature', 0), ('contrast_temperature', 0), ('view_hue', 0.6), ('view_zoom', (0, 1)), ('projection', (64,)), ('prototypes', 0), ('view_rotation', -1)])
 def test_impossible_fields_are_refused(field, value):
-    with pytest.raises(UserError, match=field): core.preset('smoke', **{field: value})
+    with pytest.raises(UserError, match=field): config.preset('smoke', **{field: value})
 
 
 def test_without_lightly_it_says_what_to_install(tmp_path):
@@ -234,20 +236,20 @@ def test_digits_come_with_weights(): assert 'book-digits' in [p.stem for p in SH
 
 @BY_NAME
 def test_record_is_of_these_weights(name):
-    file, record = core.shipped(name), model.shipped_record(name)
+    file, record = fetch.shipped(name), model.shipped_record(name)
     assert file.stat().st_size <= {'book-digits': 2e6}.get(name, 12e6)
-    assert core.file_digest(file) == record['sha256'] and record['seed'] == record['config']['seed']
+    assert files.file_digest(file) == record['sha256'] and record['seed'] == record['config']['seed']
     words = record['command'].split()
     assert words[:3] == ['dinocls', 'publish', '--preset']
-    given = core.parse_overrides(' '.join(w for w in words[4:] if w != '--set'))
-    cfg = core.preset(words[3], **given | ({'data_root': 'anywhere'} if given.get('dataset') == 'imagefolder' else {}))
+    given = config.parse_overrides(' '.join(w for w in words[4:] if w != '--set'))
+    cfg = config.preset(words[3], **given | ({'data_root': 'anywhere'} if given.get('dataset') == 'imagefolder' else {}))
     assert {k: getattr(cfg, k) for k in record['config']} == {k: tuple(v) if isinstance(v, list) else v for k, v in record['config'].items()}, \
         'the preset has changed since: publish the weights anew'
     if cfg.dataset == 'digits': assert record['data'] == load_dataset('digits').fingerprint
 
 
 def test_record_says_what_the_weights_are_worth(tmp_path):
-    cfg = core.preset('quick', out=str(tmp_path/'run'))
+    cfg = config.preset('quick', out=str(tmp_path/'run'))
     right = pretrain.probe_backbone(cfg, None)
     for row in model.shipped_record('book-digits')['probes']:
         if row['features'] == 'shipped weights':
@@ -255,17 +257,17 @@ def test_record_says_what_the_weights_are_worth(tmp_path):
 
 
 def test_images_that_the_weights_have_seen_are_counted(tmp_path):
-    seen = model.seen_in_pretraining(core.preset('quick', out=str(tmp_path/'same')))
+    seen = model.seen_in_pretraining(config.preset('quick', out=str(tmp_path/'same')))
     assert seen == {'train': 1077, 'val': 0, 'test': 0}
-    other = model.seen_in_pretraining(core.preset('quick', split_seed=7, out=str(tmp_path/'other')))
+    other = model.seen_in_pretraining(config.preset('quick', split_seed=7, out=str(tmp_path/'other')))
     assert sum(other.values()) == 1077 and other['test'] > 100
-    assert set(model.seen_in_pretraining(core.preset('quick', weights='random', out=str(tmp_path/'random'))).values()) == {0}
+    assert set(model.seen_in_pretraining(config.preset('quick', weights='random', out=str(tmp_path/'random'))).values()) == {0}
 
 
 def test_changed_and_missing_weights_are_refused(tmp_path, monkeypatch):
     for f in SHIPPED: shutil.copy(f, tmp_path), shutil.copy(f.with_suffix('.json'), tmp_path)
     monkeypatch.setattr(core, 'shipped', lambda name: tmp_path/f'{name}.safetensors')
-    monkeypatch.setattr(model, 'shipped', core.shipped)
+    monkeypatch.setattr(model, 'shipped', fetch.shipped)
     model.backbone('book-digits', 32)
     content = bytearray((tmp_path/'book-digits.safetensors').read_bytes())
     content[-1] ^= 1
@@ -276,25 +278,25 @@ def test_changed_and_missing_weights_are_refused(tmp_path, monkeypatch):
 
 
 def test_other_weights_make_other_keys(tmp_path):
-    state = load_file(core.shipped('book-digits'))
+    state = load_file(fetch.shipped('book-digits'))
     file = tmp_path/'w.safetensors'
-    shutil.copy(core.shipped('book-digits'), file)
-    cfg = core.preset('smoke', weights=str(file))
+    shutil.copy(fetch.shipped('book-digits'), file)
+    cfg = config.preset('smoke', weights=str(file))
     first = model.features.key(cfg)
     from safetensors.torch import save_file
     save_file({k: v + 1 for k, v in state.items()}, file)
     assert model.features.key(cfg) != first
-    assert splits.key(cfg) == splits.key(core.preset('smoke'))
+    assert splits.key(cfg) == splits.key(config.preset('smoke'))
 
 
 def test_publish_writes_weights_that_load(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, 'STUDY', {'as shipped': {}})
-    cfg = core.preset('smoke', out=str(tmp_path/'run'), **SMALL)
+    cfg = config.preset('smoke', out=str(tmp_path/'run'), **SMALL)
     file = pretrain.publish(cfg, tmp_path/'package')
-    record = core.read_json(file.with_suffix('.json'))
-    assert record['sha256'] == core.file_digest(file) and [r['variant'] for r in record['study']] == ['as shipped']
+    record = files.read_json(file.with_suffix('.json'))
+    assert record['sha256'] == files.file_digest(file) and [r['variant'] for r in record['study']] == ['as shipped']
     assert 'data_root' not in record['config'] and record['config']['pretrain_epochs'] == 1
-    again = core.read_json(pretrain.publish(cfg, tmp_path/'package', study=False).with_suffix('.json'))
+    again = files.read_json(pretrain.publish(cfg, tmp_path/'package', study=False).with_suffix('.json'))
     assert again == record | {'study': []}
     body = model.backbone('book-digits', 32, str(file))
     assert all(torch.equal(v, body.state_dict()[k].half()) for k, v in weights(cfg).items())

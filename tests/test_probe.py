@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinocls.core import UserError
-from dinocls.probe import (RATES, STRENGTHS, _search, _search_coarsely, between_share, few_shot, holm, knn, knn_curve, layouts, linear_probe, logistic,
-                           neighbours, pairs, sgd_probe, spaced, vote)
+from dinocls.kit.files import UserError
+from dinocls.probe import (
+    RATES, STRENGTHS, _search, _search_coarsely, between_share, few_shot, knn, knn_curve, layouts, linear_probe,
+    logistic, neighbours, sgd_probe, spaced, vote)
+from dinocls.stats import holm, pairs
 
 
 def unit(n: int, dim: int, seed: int = 0, offset: float = 0.): return F.normalize(offset + torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)

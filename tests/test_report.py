@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dinocls import core, report
+from dinocls.kit import config, figures
+from dinocls import stats
+from dinocls import report
 
 QUICK = ROOT/'outputs'/'quick'
 METRICS = [row for file in sorted(QUICK.glob('*/metrics.json')) for row in json.loads(file.read_text())]
-CLAIMS = report.listed(core.read_claims(core.preset('quick', out=str(QUICK))))
+CLAIMS = report.listed(figures.read_claims(config.preset('quick', out=str(QUICK))))
 OLDER = 'the committed run is older than the claims of its chapters: renew it with `dinocls run -p quick`'
 UNITS = {'%': '%', 'points': 'points', '/s': '/s'}
 
@@ -72,7 +74,7 @@ def test_the_record_has_its_published_form():
 @pytest.mark.parametrize('value, n, expected', [(0.994, 10_000, 'agrees'), (0.9925, 10_000, 'agrees'), (0.98, 10_000, 'differs'), (0.90, 20, 'agrees')])
 def test_verdicts_know_chance(value, n, expected):
     spec = next(r for r in report.reference() if r['item'] == 'accuracy')
-    low, high = core.wilson(value, n)
+    low, high = stats.wilson(value, n)
     assert report.verdict(100 * value, 100 * low, 100 * high, spec)[0] == expected
 
 
@@ -93,25 +95,25 @@ def test_the_claims_of_the_committed_run_hold_or_cannot_be_told():
 
 @pytest.mark.parametrize('right, n, holds', [(0.5, 500, True), (0.05, 500, False), (0.11, 500, None), (0.2, 10, None)])
 def test_a_share_of_few_images_tells_nothing(right, n, holds):
-    assert core.beyond(*core.wilson(right, n), 0.1) is holds
+    assert stats.beyond(*stats.wilson(right, n), 0.1) is holds
 
 
 @pytest.mark.parametrize('only_a, only_b, harmless, helps', [(0, 0, True, None), (1, 30, True, True), (40, 5, False, False), (12, 9, None, None)])
 def test_harm_and_help_need_an_interval(only_a, only_b, harmless, helps):
-    from dinocls.phase2 import gained
+    from dinocls.stats import gained
     a, b = np.zeros((2, 1000), bool)
     a[:only_a] = b[only_a:only_a + only_b] = True
     gain, *ends = gained(a, b)
     assert gain == pytest.approx((only_b - only_a) / 1000) and ends[0] < gain < ends[1]
-    assert (core.beyond(*ends, -0.01), core.beyond(*ends)) == (harmless, helps)
+    assert (stats.beyond(*ends, -0.01), stats.beyond(*ends)) == (harmless, helps)
 
 
 def test_claims_are_kept_listed_and_counted(tmp_path):
-    cfg = core.preset('smoke', out=str(tmp_path))
-    told = {'06_phase2': [core.claim('It helps.', None, 'one | two'), core.claim('It moves.', np.bool_(True), '4 %')],
-            '05_phase1': [core.claim('It learns.', np.bool_(False), '9 %')]}
-    for chapter, rows in told.items(): core.write_claims(cfg, chapter, rows)
-    rows = report.listed(core.read_claims(cfg))
+    cfg = config.preset('smoke', out=str(tmp_path))
+    told = {'06_phase2': [figures.claim('It helps.', None, 'one | two'), figures.claim('It moves.', np.bool_(True), '4 %')],
+            '05_phase1': [figures.claim('It learns.', np.bool_(False), '9 %')]}
+    for chapter, rows in told.items(): figures.write_claims(cfg, chapter, rows)
+    rows = report.listed(figures.read_claims(cfg))
     assert [(r['chapter'], r['holds']) for r in rows] == [('05_phase1', False), ('06_phase2', None), ('06_phase2', True)]
     table = report.claims_rows(rows).splitlines()
     assert [line[2] for line in table[2:]] == ['✗', '?', '✓'] and 'one \\| two' in table[3]

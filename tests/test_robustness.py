@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from dinocls import core, report, robustness
-from dinocls.core import UserError
-from dinocls.data import Archive
-from dinocls.robustness import CORRUPTIONS, MODELS, Draws, benchmark, cifar10_1, cifar10_c, corrupt, drop, mean_interval, robustness_metrics
+from dinocls.kit import config
+from dinocls import report, robustness
+from dinocls.kit.files import UserError
+from dinocls.kit.fetch import Archive
+from dinocls.kit.corruptions import CORRUPTIONS, Draws, corrupt
+from dinocls.robustness import MODELS, benchmark, cifar10_1, cifar10_c, drop, robustness_metrics
+from dinocls.stats import mean_interval
 
 STRENGTHS = {  # as in the benchmark's published definition, typed a second time
     'gaussian_noise': (.04, .06, .08, .09, .10), 'shot_noise': (500, 250, 100, 75, 50), 'impulse_noise': (.01, .02, .03, .05, .07), 'speckle_noise': (.06, .10, .12, .16, .20),
@@ -276,10 +279,10 @@ def test_a_killed_run_goes_on_with_the_next_set(tmp_path, monkeypatch):
 
 
 def test_published_sets_belong_to_cifar10(capsys):
-    assert robustness.published_rows(core.preset('smoke')) == []
+    assert robustness.published_rows(config.preset('smoke')) == []
     assert capsys.readouterr().out.count('this run is of digits') == 2
 
 
 def test_the_key_knows_the_list_and_the_number_of_images():
-    keys = {robustness.robustness.key(core.preset('smoke', **c)) for c in ({}, {'corruption_version': 2}, {'corruption_images': 3}, {'knn_k': 5})}
+    keys = {robustness.robustness.key(config.preset('smoke', **c)) for c in ({}, {'corruption_version': 2}, {'corruption_images': 3}, {'knn_k': 5})}
     assert len(keys) == 4 and list(MODELS)[:2] == ['knn', 'linear']

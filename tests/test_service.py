@@ -26,18 +26,19 @@ import torch
 from conftest import ROOT, environment, refused
 from PIL import Image
 
-from dinocls import core
-from dinocls.core import UserError
-from dinocls.inference import ProductionModel, as_png, save_production
+from dinocls.kit import config
+from dinocls.kit.files import UserError
+from dinocls.inference import ProductionModel, save_production
+from dinocls.kit.pictures import as_png
 from dinocls.model import classifier
 
 pytest.importorskip('fastapi', reason="the service is an extra: pip install 'dinocls[serve]'")
 httpx = pytest.importorskip('httpx')
 from starlette.testclient import TestClient  # noqa: E402
 
-from dinocls.service import Limits, Refusal, create_app, in_loop  # noqa: E402
+from dinocls.app.service import Limits, Refusal, create_app, in_loop  # noqa: E402
 
-CFG, CLASSES = core.preset('smoke'), [str(i) for i in range(10)]
+CFG, CLASSES = config.preset('smoke'), [str(i) for i in range(10)]
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
 PNG, KIND = as_png(NOISE[0]), {'content-type': 'image/png'}
 
@@ -366,7 +367,7 @@ def test_openapi_has_examples(model):
 SERVER = '''
 import sys, time
 from dinocls.inference import ProductionModel
-from dinocls.service import serve
+from dinocls.app.service import serve
 model = ProductionModel(sys.argv[1], 'cpu')
 class Slow:  # over white pictures
     def __getattr__(self, name): return getattr(model, name)

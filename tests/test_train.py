@@ -17,17 +17,18 @@ import torch
 from conftest import COMMAND, ROOT, dinocls, environment
 from test_command import wait
 
-from dinocls import core, train
+from dinocls.kit import config, files
+from dinocls import train
 from dinocls.data import load_split
 from dinocls.model import classifier
 from dinocls.train import checkpoints, fit
 
-SMALL = core.preset('smoke', device='cpu', out='/nonexistent')
+SMALL = config.preset('smoke', device='cpu', out='/nonexistent')
 
 
 def run(folder, epochs=2, change=None, **fields):
     "Train the small model on 100 images, two steps an epoch."
-    cfg = dataclasses.replace(core.preset('smoke', device='cpu', out=str(folder/'run')), **fields)
+    cfg = dataclasses.replace(config.preset('smoke', device='cpu', out=str(folder/'run')), **fields)
     data = [tuple(t[:100] for t in load_split(cfg, s)) for s in ('train', 'val')]
     model = classifier(cfg, 10)
     if change: change(model)
@@ -88,7 +89,7 @@ def test_memory_that_runs_out_is_said_once(tmp_path, capsys):
 
 def test_one_image_that_does_not_fit_is_an_error(tmp_path):
     def never(model): model.backbone.forward = lambda x: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError('out of memory'))
-    with pytest.raises(core.UserError, match='smaller backbone'): run(tmp_path, change=never)
+    with pytest.raises(files.UserError, match='smaller backbone'): run(tmp_path, change=never)
 
 
 @pytest.mark.parametrize('fields', [{'pooling': 'mean'}, {'pooling': 'cls+mean'}, {'pooling': 'attention', 'micro_batch': 20}, {'head_widths': (), 'head_dropout': ()},
@@ -122,7 +123,7 @@ ARGS = ['stage', 'phase2', '-p', 'smoke', '-s', 'phase2_epochs=6', '-s', 'checkp
 ONE = dict(OMP_NUM_THREADS=1)
 
 
-def weights(folder): return core.file_digest(next((folder/'stages').glob('phase2-*/weights.safetensors')))
+def weights(folder): return files.file_digest(next((folder/'stages').glob('phase2-*/weights.safetensors')))
 
 
 @pytest.fixture(scope='module')
@@ -185,4 +186,4 @@ def test_a_batch_that_cannot_be_divided(monkeypatch):
     loop = train.start(classifier(SMALL, 10), SMALL, 1, 4, 1e-3, 1e-3)
     class Three: num_processes = 3
     with contextlib.suppress(AttributeError): loop.accelerator = Three
-    with pytest.raises(core.UserError, match='among 3 processes'): train._source(loop, (torch.zeros(100, 3, 32, 32), torch.zeros(100)), None)
+    with pytest.raises(files.UserError, match='among 3 processes'): train._source(loop, (torch.zeros(100, 3, 32, 32), torch.zeros(100)), None)

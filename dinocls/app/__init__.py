@@ -1,0 +1,1 @@
+"What stands on the chapters: driver, command line, service, page, site; tested in `tests/app`."

@@ -1,0 +1,1 @@
+"What the chapters stand on: plain Python, tested in `tests/kit`."

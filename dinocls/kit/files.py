@@ -1,0 +1,123 @@
+"A user's mistake is one sentence; a file is written whole or not at all; what was found out once is remembered."
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+class UserError(Exception):
+    "A mistake that the user can mend, told in one sentence."
+    def _render_traceback_(self):  # how IPython shows the exception
+        return [f'{type(self).__name__}: {self}']
+
+
+def nearest(word: str,  # what was given
+            known) -> str:  # what there is
+    "Return a clause that names the closest known word, or all of them."
+    known = [str(k) for k in known]
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f'did you mean {close[0]!r}?' if close else f'there are: {", ".join(known)}.'
+
+
+def reason(error: Exception | str) -> str:
+    "Return the first line of an error's message, at most 160 characters, or its type if it has none."
+    text = str(getattr(error, 'strerror', None) or error).strip() or type(error).__name__
+    return text.splitlines()[0][:160].rstrip('.')
+
+
+def digest(value) -> str:
+    "Return the SHA-256 of a value's canonical JSON, as 64 hex digits."
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    "Return the SHA-256 of a file, as 64 hex digits."
+    sha = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(2**20): sha.update(block)
+    return sha.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path):  # the file to write
+    "Yield a temporary path beside `path`, which replaces it if the block ends well. Raise `UserError` if it can't."
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f'.{path.stem}-', suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as e: raise UserError(_cannot_write(path, e)) from None
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as e: raise UserError(_cannot_write(path, e)) from None
+    finally: Path(name).unlink(missing_ok=True)
+
+
+def _cannot_write(path, error) -> str:
+    "Say what could not be written, and why."
+    return f'Cannot write {path}: {reason(error)}; free space there or choose another folder with --out.'
+
+
+@contextlib.contextmanager
+def as_os_error():
+    "Turn the error of a library's own writer, of safetensors or torch, into an `OSError`."
+    try: yield
+    except OSError: raise
+    except Exception as e: raise OSError(reason(e)) from None
+
+
+def write_json(path: Path, value):
+    "Write a value as indented JSON, short lists and objects on one line; floats that are not finite become null."
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    def in_line(m):  # inside of a JSON string no line ends
+        return m[1] + line + m[3] if len(line := re.sub(r'\n\s+', ' ', m[2])) < 300 else m[0]
+    text = re.sub(r'([\[{])\n\s+([^\[\]{}]*?)\n\s*([\]}])', in_line, text)
+    with replacing(path) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
+
+
+def read_json(path: Path):
+    "Read a JSON file. Raise `UserError` if it is missing or damaged."
+    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError: raise UserError(f'{path} is not there: run the chapter that writes it.') from None
+    except (ValueError, OSError) as e:
+        raise UserError(f'{path} cannot be read ({reason(e)}): delete it and run again.') from None
+
+
+def plain(value):
+    "Turn NumPy's scalars and arrays, tuples and paths into what JSON knows."
+    if isinstance(value, Mapping): return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
+    if isinstance(value, np.ndarray): return plain(value.tolist())
+    if isinstance(value, np.generic): return plain(value.item())
+    if isinstance(value, float): return value if np.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+
+
+def _memory(what: str) -> Path:
+    "Return the file in which answers to a question are remembered: in $XDG_CACHE_HOME, else in ~/.cache."
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'dinocls'/f'{what}.json'
+
+
+def recall(what: str,  # the question, as in 'bf16'
+           key: str):  # what the answer depends on
+    "Return what was remembered, or None."
+    with contextlib.suppress(UserError, OSError, RuntimeError, AttributeError): return read_json(_memory(what)).get(key)
+
+
+def remember(what: str, key: str, answer):  # JSON
+    "Keep an answer, and return it."
+    with contextlib.suppress(UserError, OSError, RuntimeError, TypeError):  # no home, no space, a damaged file
+        file = _memory(what)
+        try: known = read_json(file)
+        except UserError: known = {}
+        write_json(file, known | {key: answer})
+    return answer

@@ -1,0 +1,109 @@
+"What a result was made by: versions, the commit, processor, cores, memory."
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .config import root
+from .files import UserError, write_json
+
+
+def rank() -> int:
+    "Return the number of this process among those that a launcher started; 0 without one."
+    return int(os.environ.get('RANK', 0))
+
+
+def progress(stage: str,  # what runs
+             done: int = 0,  # steps done
+             total: int = 0,  # steps in all; 0: unknown
+             note: str = ''):  # a few words
+    "Tell how far a stage is, to the driver's file or else to the screen."
+    file = os.environ.get('DINOCLS_PROGRESS')
+    if rank(): return
+    if file:
+        about = {'stage': stage, 'done': done, 'total': total, 'note': note, 'time': time.time()}
+        with contextlib.suppress(UserError): write_json(Path(file), about)
+    elif done and ('ipykernel' in sys.modules or sys.stdout.isatty()):
+        print(f'\r{stage} {done}/{total} {note}'.ljust(78), end='' if done < total else '\n', flush=True)
+
+
+def version() -> str:
+    "Return the installed version of the package."
+    from dinocls import __version__
+    return __version__
+
+
+def git_commit() -> str:
+    "Return the commit of the checkout, with `+` if there are changes; empty outside git."
+    def git(*args): return subprocess.run(['git', *args], cwd=root(), capture_output=True, text=True, timeout=10)
+    try:
+        head = git('rev-parse', '--short=12', 'HEAD')
+        changed = git('status', '--porcelain', '--untracked-files=no', '--', 'nbs', 'dinocls', 'settings.ini').stdout
+        return head.stdout.strip() + ('+' if changed.strip() else '') if head.returncode == 0 else ''
+    except (OSError, subprocess.SubprocessError): return ''
+
+
+def versions() -> dict:
+    "Return the versions of Python and of the libraries that decide results."
+    from importlib.metadata import PackageNotFoundError, version as installed
+    found = {'python': platform.python_version(), 'dinocls': version()}
+    for name in ('torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'scikit-learn'):
+        with contextlib.suppress(PackageNotFoundError): found[name] = installed(name)
+    return found
+
+
+def hardware() -> dict:
+    "Return processor, instruction sets, cores and memory, and the accelerator if torch is loaded and sees one."
+    import psutil
+    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    found = {'cpu': cpu_name(), 'instructions': instruction_sets(), 'cores': cores(), 'memory_gb': memory,
+             'system': platform.system()}
+    torch = sys.modules.get('torch')
+    if torch and torch.cuda.is_available():
+        found |= {'gpu': torch.cuda.get_device_name(), 'gpu_memory_gb': round(torch.cuda.mem_get_info()[1] / 2**30, 1)}
+    return found
+
+
+def cores() -> int:
+    "Return the number of processor cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def _cpuinfo(entry: str) -> str:
+    "Return the first value of an entry of /proc/cpuinfo; empty where there is none."
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith(entry): return line.partition(':')[2].strip()
+    return ''
+
+
+def cpu_name() -> str:
+    "Return the processor's model name."
+    return _cpuinfo('model name') or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> str:
+    """Return those of the processor's instruction sets that decide how fast matrices are multiplied, and how they are
+    rounded; empty where unknown."""
+    telling = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'avx512_fp16', 'amx_int8', 'amx_bf16', 'amx_fp16',
+               'asimd', 'bf16', 'i8mm', 'sve')
+    return ' '.join(sorted(set(telling) & {*_cpuinfo('flags').split(), *_cpuinfo('Features').split()}))
+
+
+def peak_memory() -> dict:
+    "Return the peak memory of this process so far, in MB: resident, and on the GPU if there is one."
+    torch = sys.modules.get('torch')
+    gpu = {'gpu': round(torch.cuda.max_memory_allocated() / 2**20)} if torch and torch.cuda.is_available() else {}
+    return {'resident': round(_peak_resident() / 2**20), **gpu}
+
+
+def _peak_resident() -> int:
+    "Return the peak resident memory of this process in bytes."
+    status = Path('/proc/self/status')  # getrusage would begin with the peak of the process that started this one
+    if status.exists(): return int(status.read_text().partition('VmHWM:')[2].split()[0]) * 2**10
+    try: import resource
+    except ImportError: return __import__('psutil').Process().memory_info().peak_wset  # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes

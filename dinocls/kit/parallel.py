@@ -1,0 +1,79 @@
+"Many stages at once, through joblib: a process for each device here, or the workers of a cluster that is registered."
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import os
+import time
+
+from .config import FIELDS
+from .files import UserError, reason
+from .stage import STAGES, Result, open_run
+
+
+def run_stages(stage,  # a `Stage`
+               cfgs: list,  # configurations
+               devices: list[str] | None = None) -> list[Result]:  # None: the GPUs, if there are several
+    """Bring a stage to completion for several configurations, one at a time on each device; return the results in their
+    order. Raise `UserError` that names those that failed, once the others are stored."""
+    todo = [getattr(c, '_cfg', c) for c in cfgs if not stage.is_done(c)]
+    if devices is None: devices = _devices(todo)
+    importable = stage.fn.__module__ != '__main__'  # a worker must find the stage by name
+    if min(len(devices), len(todo)) > 1 and importable: failed = _in_workers(stage, todo, devices)
+    else: failed = [(c, why) for c in todo if (why := _attempt(stage, c))]
+    if failed:
+        raise UserError(f'{stage.name} failed for {len(failed)} of {len(cfgs)} configurations, the others are stored: '
+                        + '; '.join(f'{_apart(c, cfgs)}: {why}' for c, why in failed) + '.')
+    return [stage(c) for c in cfgs]
+
+
+def _devices(cfgs: list) -> list[str]:
+    """Return the devices that may share the work: each GPU `at_once` times; none if there is nothing to share, a
+    configuration names its device, or a launcher has shared it."""
+    if len(cfgs) < 2 or any(c.device not in ('auto', 'cuda') for c in cfgs): return []
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: return []
+    import torch
+    torch.cuda.empty_cache()  # a worker may need what this process keeps for later
+    return ([f'cuda:{i}' for i in range(torch.cuda.device_count())] or ['auto']) * cfgs[0].at_once
+
+
+def _attempt(stage, cfg) -> str:
+    "Compute a stage; return what went wrong, or nothing."
+    try: stage(cfg)
+    except Exception as e: return str(e).rstrip('.') if isinstance(e, UserError) else f'{type(e).__name__}: {reason(e)}'
+    return ''
+
+
+def _apart(cfg, cfgs: list) -> str:
+    "Name a configuration by the fields in which it differs from the others."
+    plain = [getattr(c, '_cfg', c) for c in cfgs]
+    names = [f for f in FIELDS if len({getattr(c, f) for c in plain}) > 1]
+    return ', '.join(f'{f}={getattr(cfg, f)}' for f in names) or 'the only one'
+
+
+def _in_workers(stage, cfgs: list, devices: list) -> list[tuple]:  # configuration, what went wrong
+    "Compute a stage for each configuration in processes, as many as there are devices."
+    from joblib import Parallel, delayed
+    if not (cfgs[0].folder/'run.json').exists(): open_run(cfgs[0])
+    jobs = (delayed(_work)(stage.fn.__module__, stage.name, c, devices) for c in cfgs)
+    found = Parallel(n_jobs=min(len(devices), len(cfgs)), batch_size=1)(jobs)
+    return [(c, why) for c, why in zip(cfgs, found) if why]
+
+
+def _work(module: str, name: str, cfg, devices: list) -> str:
+    "Compute a stage on a device that no other worker uses; return what went wrong, or nothing."
+    importlib.import_module(module)
+    with _free(devices, cfg.folder) as device: return _attempt(STAGES[name], dataclasses.replace(cfg, device=device))
+
+
+@contextlib.contextmanager
+def _free(devices: list, folder):
+    "Yield a device once it is free, and hold it."
+    from filelock import FileLock, Timeout
+    for place in itertools.cycle(enumerate(devices)):
+        lock = FileLock(folder/'stages'/f'device-{place[0]}.lock', timeout=0)
+        try: lock.acquire()
+        except Timeout: time.sleep(0.05)
+        else: break
+    try: yield place[1]
+    finally: lock.release()
