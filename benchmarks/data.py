@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dinocls.kit import config, files, machine
-from dinocls.augment import MEAN, STD, augment, prepare
+from dinocls.augment import MEAN, STD, augment, preprocess
 from dinocls.data import Loader
 
 BATCH, STEPS, SIDE, WORKERS = 64, 16, 224, 2
@@ -57,7 +57,7 @@ def ours(reuse: bool):
         nonlocal ready
         generator = torch.Generator().manual_seed(number)
         for x, y in loader.epoch(number):
-            ready = prepare(augment(x, CFG, generator), CFG, out=ready if reuse else None)
+            ready = preprocess(augment(x, CFG, generator), CFG, out=ready if reuse else None)
             yield ready, y
     return epoch
 
@@ -118,10 +118,10 @@ def parts(rounds: int = 20) -> dict:  # what → milliseconds a batch, the media
     (x, _), generator = next(Loader(IMAGES, LABELS, BATCH, seed=0).epoch(0)), torch.Generator().manual_seed(0)
     varied, (mean, std) = augment(x, CFG, generator), (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     plain = lambda: (F.interpolate(varied, (SIDE, SIDE), mode='bicubic').clamp(0, 1) - mean) / std
-    assert (plain() - prepare(varied, CFG)).abs().max() < 1e-4
-    last = prepare(varied, CFG)
-    what = {'augment, at 32×32': lambda: augment(x, CFG, generator), 'prepare (resize by two products, normalise)': lambda: prepare(varied, CFG),
-            'prepare, written over the last batch': lambda: prepare(varied, CFG, out=last),
+    assert (plain() - preprocess(varied, CFG)).abs().max() < 1e-4
+    last = preprocess(varied, CFG)
+    what = {'augment, at 32×32': lambda: augment(x, CFG, generator), 'preprocess (resize by two products, normalise)': lambda: preprocess(varied, CFG),
+            'preprocess, written over the last batch': lambda: preprocess(varied, CFG, out=last),
             'the same by F.interpolate': plain, 'for comparison: filling as much fresh memory': lambda: torch.empty(BATCH, 3, SIDE, SIDE).fill_(0)}
     found = {name: [] for name in what}
     for _ in range(rounds):
@@ -136,7 +136,7 @@ def memory():
     "Print MB of a set of CIFAR-10's size, and by how much the peak grows when a Loader takes it from memory and works on it."
     def work(images, steps):
         generator = torch.Generator().manual_seed(0)
-        for _, (x, _) in zip(range(steps), Loader(images, np.zeros(len(images), np.int64), BATCH, seed=0).epoch(0)): prepare(augment(x, CFG, generator), CFG)
+        for _, (x, _) in zip(range(steps), Loader(images, np.zeros(len(images), np.int64), BATCH, seed=0).epoch(0)): preprocess(augment(x, CFG, generator), CFG)
 
     work(IMAGES, 5)
     images = np.random.default_rng(0).integers(0, 256, (60_000, 32, 32, 3), dtype=np.uint8)
@@ -155,7 +155,7 @@ def on_gpu() -> list[str]:
     model = backbone('dinov2_vitb14', SIDE, 'random').cuda().train()
     optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     x, y = next(loader.epoch(0))
-    data = lambda: prepare(mix(augment(x, CFG, generator), y, CFG, generator)[0], CFG)
+    data = lambda: preprocess(mix(augment(x, CFG, generator), y, CFG, generator)[0], CFG)
     ready = data()
 
     def step():

@@ -1,6 +1,6 @@
 """A quarter of an hour of a GPU, without a network and with few bytes to carry, in three commands.
 
-    python benchmarks/gpu.py prepare    where there is a network: fills .gpu/ and says what to carry with which command; then there:
+    python benchmarks/gpu.py preprocess    where there is a network: fills .gpu/ and says what to carry with which command; then there:
     python3 benchmarks/gpu.py speed     tries everything at tiny size, then ViT-B/14 at 224: share of the measured peak, beside others, memory
     python3 benchmarks/gpu.py pretrain  makes CIFAR-10 of its parts, pre-trains `book-cifar` on the training images while there is time, probes it
     python3 benchmarks/gpu.py book      executes the book under `cifar`, the chapters that matter most first
@@ -80,7 +80,7 @@ def commands(folders: int) -> list[tuple]:  # command, number of the folder that
     return [*first, ('pretrain', len(first) + 1 if folders > 1 else 0, left), ('book', 0, MINUTES['book'])]
 
 
-def prepare(args):
+def preprocess(args):
     "Fill the folders that travel, and say with which commands."
     from PIL import Image
     from dinocls.kit.datasets import load_dataset
@@ -262,7 +262,7 @@ def step(size, name: str, phase: int, **more) -> dict:
 def training(size) -> dict:
     "Measure the recipes' steps, what augmentation takes of them, and say how long the recipes would take."
     import torch
-    from dinocls.augment import augment, mix, prepare
+    from dinocls.augment import augment, mix, preprocess
     from train import DEVICE, config
     rows, text = [step(size, name, phase) for name in size['presets'] for phase in (2, 1)], []
     rate, scoring = {r['of']: r['rate'] for r in rows}, max((r['rate'] for r in result('inference').get('rows', ())), default=np.inf)
@@ -272,8 +272,8 @@ def training(size) -> dict:
         trained = TRAINED * (cfg.phase1_epochs / rate[f'{name} 1'] + cfg.phase2_epochs / rate[f'{name} 2'])
         text.append(f'Both phases of `{name}` would take {(trained + scored / scoring) / 60:.0f} minutes at these rates.')
         cfg, x, y = config(case(size, batch)), torch.rand(batch, 3, 32, 32, device=DEVICE), torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-        images, last = (255 * x).byte(), prepare(x, cfg)
-        s = seconds(lambda: prepare(mix(augment(images, cfg, generator), y, cfg, generator)[0], cfg, out=last), size['seconds'])
+        images, last = (255 * x).byte(), preprocess(x, cfg)
+        s = seconds(lambda: preprocess(mix(augment(images, cfg, generator), y, cfg, generator)[0], cfg, out=last), size['seconds'])
         text.append(f'Augmentation, mixing and resizing of a batch of {batch}: {1e3 * s:.2f} ms, {100 * s * rate[f"{name} 2"] / batch:.1f} % of a step (aim: 3 %).')
     return {'rows': rows, 'text': text}
 
@@ -496,7 +496,7 @@ COMMANDS = {'speed': speed, 'pretrain': pretrain, 'book': book}
 
 def main():
     parser, place = argparse.ArgumentParser(description=__doc__.splitlines()[0]), lambda text: Path(text).expanduser().absolute()
-    parser.add_argument('command', choices=['prepare', *COMMANDS, 'measure', 'train_backbone'], metavar='prepare | speed | pretrain | book')
+    parser.add_argument('command', choices=['preprocess', *COMMANDS, 'measure', 'train_backbone'], metavar='preprocess | speed | pretrain | book')
     parser.add_argument('parts', nargs='*', help=argparse.SUPPRESS)
     parser.add_argument('--minutes', type=float, help=f'end after so many; unless given, {MINUTES}')
     parser.add_argument('--left', type=float, help='seconds left of the machine in all, in place of --minutes: later commands get their share')
@@ -505,7 +505,7 @@ def main():
     parser.add_argument('--resume', type=place, help='folder of what came home on another day')
     parser.add_argument('--set', action='append', default=[], metavar='field=value', help='change a field of the preset cifar, may be repeated')
     parser.add_argument('--tiny', action='store_true', help='small models, few steps and images: to try all of it on any machine')
-    parser.add_argument('--studies', type=place, help='prepare: folder of the studies of CIFAR-10\'s labels')
+    parser.add_argument('--studies', type=place, help='preprocess: folder of the studies of CIFAR-10\'s labels')
     parser.add_argument('--until', type=float, help=argparse.SUPPRESS)
     parser.add_argument('--rescue', action='store_true', help=argparse.SUPPRESS)
     args, begun = parser.parse_args(), time.monotonic()

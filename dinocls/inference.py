@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MISS', 'FORMAT', 'FILES', 'EXAMPLES', 'CARD', 'PREPROCESSING', 'KINDS', 'EXPORTS', 'GPU_PROVIDERS', 'BACKENDS',
-           'calibrate', 'describe', 'check_description', 'rebuild', 'model_card', 'save_production', 'read_production',
-           'load_production', 'load_trained', 'load_model', 'synchronise', 'measure', 'measure_sizes', 'processor',
-           'benchmark', 'answer', 'as_batch', 'batch_pixels', 'ahead', 'scaled', 'agreement', 'ProductionModel',
-           'predict_batch', 'examples', 'Prepared', 'export_onnx', 'silent', 'session', 'quantise', 'exported',
-           'in_torch', 'compiled', 'in_openvino', 'lacking', 'bf16_units', 'start_backend', 'candidates',
-           'try_backends', 'fastest', 'production', 'served', 'inference_speed', 'backends', 'backend_table']
+           'calibrate', 'description', 'check_description', 'rebuild', 'model_card', 'save_production',
+           'read_production', 'load_production', 'load_trained', 'load_model', 'synchronise', 'measure',
+           'measure_sizes', 'processor', 'benchmark', 'answer', 'as_batch', 'batch_pixels', 'ahead', 'scaled',
+           'agreement', 'ProductionModel', 'predict_batch', 'examples', 'Prepared', 'export_onnx', 'silent', 'session',
+           'quantise', 'exported', 'in_torch', 'compiled', 'in_openvino', 'lacking', 'bf16_units', 'start_backend',
+           'candidates', 'try_backends', 'fastest', 'production', 'served', 'inference_speed', 'backends',
+           'backend_table']
 
 # %% ../nbs/13_inference.ipynb #e37827d9
 import contextlib
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .augment import MEAN, STD, prepare
+from .augment import MEAN, STD, preprocess
 from .data import load_split, splits
 from .kit import config
 from .kit.config import Config, choices
@@ -60,7 +61,7 @@ EXAMPLES, CARD = 'examples.safetensors', 'README.md'  # may be missing; the card
 PREPROCESSING = {'fit': 'centre crop and bicubic, to native_size', 'resize': 'bicubic, antialiased where it shrinks, to image_size',
                  'mean': list(MEAN), 'std': list(STD)}
 
-def describe(cfg, classes: list, metrics: dict, native: tuple, source: dict | None = None, calibration: dict | None = None) -> dict:
+def description(cfg, classes: list, metrics: dict, native: tuple, source: dict | None = None, calibration: dict | None = None) -> dict:
     "Return what `config.json` holds of a model."
     kind = BACKBONES[cfg.backbone]
     return {'format': FORMAT, 'version': version(), 'architecture': kind.timm or cfg.backbone, 'num_features': kind.dim, 'num_classes': len(classes),
@@ -162,7 +163,7 @@ def save_production(folder,  # made, or replaced if it holds an older model
     from safetensors.torch import save
     folder = Path(folder).expanduser().absolute()
     native = native or load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken).images.shape[1:3]
-    about = check_description(describe(cfg, classes, metrics, native, source, calibration), 'The description')
+    about = check_description(description(cfg, classes, metrics, native, source, calibration), 'The description')
     state = {k: t.detach().cpu().contiguous() for k, t in model.state_dict().items()}
     rebuild(about, state, 'The model to save')
     with _replacing_folder(folder) as new:
@@ -229,7 +230,7 @@ def load_trained(path: Path) -> tuple[dict, Classifier]:
         raise UserError(f'{path} holds no model that this book trained ({reason(e)}): give a production folder, the folder of a stage, or a checkpoint.') from None
     if not any(k.startswith('backbone.') for k in state): raise UserError(f'{path} holds only a head, as phase 1 keeps it: give a model of phase 2.')
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken)
-    about = check_description(describe(cfg, data.classes, {}, data.images.shape[1:3]), str(path))
+    about = check_description(description(cfg, data.classes, {}, data.images.shape[1:3]), str(path))
     return about, rebuild(about, state, str(path))
 
 def load_model(path) -> tuple[dict, Classifier]:
@@ -409,7 +410,7 @@ class Prepared(torch.nn.Module):
         super().__init__()
         self.model, self.cfg = model, cfg
 
-    def forward(self, images): return self.model(prepare(images, self.cfg)).float()
+    def forward(self, images): return self.model(preprocess(images, self.cfg)).float()
 
 def export_onnx(model,  # a `ProductionModel`
                 file: Path) -> Path:

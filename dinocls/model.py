@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import prepare
-from .data import draw_unlabelled, load_split, make_splits, splits
+from .augment import preprocess
+from .data import load_split, make_splits, sample_unlabelled, splits
 from .kit.config import DataConfig
 from .kit.datasets import loaded
 from .kit.fetch import _transfer, shipped, shipped_record, weights_digest
@@ -376,7 +376,7 @@ def infer(module: nn.Module, images: Tensor,  # uint8 (n, 3, h, w)
     "Apply a module in evaluation mode to prepared images, batch by batch, in the configured precision."
     where = next(module.parameters()).device
     was, _ = module.training, module.eval()
-    with autocast(cfg, where): parts = [module(prepare(b.to(where), cfg)).float().cpu() for b in images.split(size)]
+    with autocast(cfg, where): parts = [module(preprocess(b.to(where), cfg)).float().cpu() for b in images.split(size)]
     module.train(was)
     return torch.cat(parts).numpy()
 
@@ -453,7 +453,7 @@ def seen_in_pretraining(cfg) -> dict:  # split → images
     had, fields = {'pretrain_size': 0} | record['config'], (*DataConfig.__dataclass_fields__, 'pretrain_size')
     made_from = {f: had[f] for f in fields if f in had and f != 'data_root'}
     data, made_by = loaded(cfg), variant(cfg, **made_from)
-    index = draw_unlabelled(data, make_splits(data, made_by), made_by)
+    index = sample_unlabelled(data, make_splits(data, made_by), made_by)
     return {s: int(np.isin(found[s], index).sum()) for s in none}
 
 # %% ../nbs/03_model.ipynb #d161231e

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STUDENT_TEMPERATURE', 'SCRATCH', 'STUDY', 'STUDY_EPOCHS', 'affine', 'bend', 'resample', 'view', 'view_strength',
            'projection_head', 'Student', 'criteria', 'balanced', 'dino_loss', 'contrast_loss', 'recipe', 'momentum',
-           'draw_views', 'local_size', 'draw_task', 'pretrain_step', 'random_mask', 'forward_flops', 'step_flops',
-           'pretrain_epoch', 'quicken', 'certainty', 'spread', 'watcher', 'started_from', 'self_supervise', 'taught',
-           'so_far', 'own', 'unlabelled_images', 'pretrain', 'draw_watch', 'pretrain_probe', 'probe_backbone',
+           'sample_views', 'local_size', 'sample_task', 'pretrain_step', 'random_mask', 'forward_flops', 'step_flops',
+           'pretrain_epoch', 'quicken', 'certainty', 'embedding_spread', 'watcher', 'started_from', 'self_supervise',
+           'taught', 'so_far', 'own', 'unlabelled_images', 'pretrain', 'draw_watch', 'pretrain_probe', 'probe_backbone',
            'probe_features', 'probe_rows', 'pretrain_study', 'publish', 'command']
 
 # %% ../nbs/A1_pretrain.ipynb #fbd03449
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import stats
-from .augment import erase, flip, jitter, prepare, random_numbers, saturation, uniform
+from .augment import adjust_saturation, erase, flip, jitter, preprocess, random_numbers, uniform
 from .data import batches, load_split, on_device, splits, unlabelled
 from .kit import config, fetch
 from .kit.datasets import loaded
@@ -36,7 +36,7 @@ from .kit.machine import progress
 from .kit.stage import stage, variant
 from .model import BACKBONES, _fit_weights, _read_weights, backbone, device, infer, outline, random_backbone
 from .probe import knn, linear_probe, pixels, probe_one
-from .train import Keeper, Loop, checkpoints, compile_pays, load_checkpoint, optimise, start
+from .train import Checkpointer, Loop, checkpoints, compile_pays, load_checkpoint, optimise, start
 
 # %% ../nbs/A1_pretrain.ipynb #8a5e8a39
 def affine(b: int, cfg, generator, strength: float = 1.0) -> Tensor:  # (b, 2, 3)
@@ -73,7 +73,7 @@ def view(images: Tensor,  # uint8 (b, 3, h, w)
     if cfg.view_flip: x = flip(x, generator)
     factors = [uniform(x, 1 - strength * r, 1 + strength * r, generator) for r in (cfg.view_brightness, cfg.view_contrast, cfg.view_saturation)]
     x = jitter(x, *factors, uniform(x, -strength * cfg.view_hue, strength * cfg.view_hue, generator) if cfg.view_hue else None)
-    if cfg.view_grey: x = torch.where(uniform(x, 0, 1, generator) < strength * cfg.view_grey, saturation(x, 0.), x)
+    if cfg.view_grey: x = torch.where(uniform(x, 0, 1, generator) < strength * cfg.view_grey, adjust_saturation(x, 0.), x)
     if cfg.view_noise:
         noise = random_numbers(len(x), 1, *x.shape[-2:], generator=generator, kind=torch.randn).to(x)
         x = (x + strength * cfg.view_noise * uniform(x, 0, 1, generator) * noise).clamp(0, 1)
@@ -175,11 +175,11 @@ def momentum(done: float, first: float) -> float:
     "Return the teacher's momentum at a share of training: from `first` to 1 by a cosine."
     return 1 - (1 - first) * (1 + math.cos(math.pi * done)) / 2
 
-def draw_views(images: Tensor, cfg, generator, strength: float) -> list[Tensor]:
+def sample_views(images: Tensor, cfg, generator, strength: float) -> list[Tensor]:
     "Draw and normalise two views of full size and the configured number of local ones, half as large."
-    views = [prepare(view(images, cfg, generator, strength), cfg) for _ in range(2)]
+    views = [preprocess(view(images, cfg, generator, strength), cfg) for _ in range(2)]
     half = variant(cfg, image_size=local_size(cfg), view_zoom=(cfg.view_zoom[0] / 2, cfg.view_zoom[0])) if cfg.local_views else cfg
-    return views + [prepare(view(images, half, generator, strength, half.image_size), half) for _ in range(cfg.local_views)]
+    return views + [preprocess(view(images, half, generator, strength, half.image_size), half) for _ in range(cfg.local_views)]
 
 def local_size(cfg) -> int:
     "Return the side of a local view in pixels. Raise `UserError` if the image has too few patches for one."
@@ -189,15 +189,15 @@ def local_size(cfg) -> int:
     return side
 
 # %% ../nbs/A1_pretrain.ipynb #00ccbdaf
-def draw_task(loop: Loop, images: Tensor, generator, done: float) -> tuple:
+def sample_task(loop: Loop, images: Tensor, generator, done: float) -> tuple:
     "Draw a step's views, and which patches are hidden, if any are."
-    views = draw_views(images, loop.cfg, generator, view_strength(loop.cfg, done))
+    views = sample_views(images, loop.cfg, generator, view_strength(loop.cfg, done))
     mask = random_mask(len(views[0]) * 2, loop.model.backbone.patch_embed.grid_size).to(views[0].device) if loop.cfg.patch_loss else None
     return views, mask
 
 def pretrain_step(loop: Loop, forward, images: Tensor, generator, done: float):
     "Take one step without waiting for the device; return the loss and the teacher's outputs, if there is a teacher."
-    cfg, (views, mask) = loop.cfg, draw_task(loop, images, generator, done)
+    cfg, (views, mask) = loop.cfg, sample_task(loop, images, generator, done)
     with loop.accelerator.autocast():
         loss, answers = contrast_loss(forward, views, cfg) if cfg.pretrain_method == 'simclr' else dino_loss(forward, loop.ema.module, views, cfg, mask)
     loop.ema.decay = momentum(done, cfg.teacher_momentum) if cfg.teacher_rise else cfg.teacher_momentum
@@ -242,7 +242,7 @@ def pretrain_epoch(loop: Loop, forward, images: Tensor, epochs: int,
     if hasattr(loop.model.head, 'last_layer'): loop.model.head.last_layer.weight_v.requires_grad_(loop.epoch > 0)
     order = torch.cat([*batches(len(images), cfg.batch_size, cfg.seed, loop.epoch)]).to(images.device).split(cfg.batch_size)
     if loop.losses is None: loop.losses = torch.zeros(len(order), device=images.device)
-    for i in range(loop.step): draw_task(loop, images[order[i]], generator, share(i))  # again, for the numbers that come after
+    for i in range(loop.step): sample_task(loop, images[order[i]], generator, share(i))  # again, for the numbers that come after
     for i in range(loop.step, len(order)):
         loop.losses[i], answers = pretrain_step(loop, forward, images[order[i]], generator, share(i))
         loop.step = i + 1
@@ -257,7 +257,7 @@ def quicken(loop: Loop, images: Tensor, epochs: int, plain: float):  # seconds a
     "Compile student and teacher for what is left of training, if asked or if it pays; the first epoch says what a step takes."
     size, left = loop.cfg.batch_size, epochs - loop.epoch
     if loop.cfg.compile == 'off' or not left: return
-    x, steps = prepare(images[:size].repeat(2, 1, 1, 1), loop.cfg), left * max(1, len(images) // size)
+    x, steps = preprocess(images[:size].repeat(2, 1, 1, 1), loop.cfg), left * max(1, len(images) // size)
     if loop.cfg.compile == 'auto' and not compile_pays(loop, x, steps, plain): return
     torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
     for net in (loop.model, loop.ema.module): net.compile(dynamic=False)  # a local view is another graph
@@ -269,7 +269,7 @@ def certainty(answers: Tensor, cfg) -> dict:
     entropy = lambda q: -(q * q.clamp(min=1e-12).log()).sum(-1).mean().item() / math.log(answers.shape[1])
     return {'entropy': entropy(p), 'mean_entropy': entropy(p.mean(0))}
 
-def spread(feats: np.ndarray) -> float:  # (n, dim)
+def embedding_spread(feats: np.ndarray) -> float:  # (n, dim)
     "Return √dim times the mean deviation of embeddings of length 1: 1 if they point everywhere, 0 if all are the same."
     unit = feats / np.linalg.norm(feats, axis=1, keepdims=True)
     return float(unit.std(0).mean() * feats.shape[1] ** 0.5)
@@ -281,7 +281,7 @@ def watcher(cfg, largest: int = 5000):  # images in the bank
         where, (bank, val) = device(cfg), (infer(body, x, cfg) for x in images)
         near = knn(torch.from_numpy(bank).to(where), labels[0], val, min(cfg.knn_k, len(bank)))
         linear = linear_probe(bank, labels[0], val, labels[1], strengths=(1.0,), max_iter=100, where=where)['val_accuracy']
-        return {'spread': spread(val), 'knn': float((near == labels[1]).mean()), 'linear': linear}
+        return {'spread': embedding_spread(val), 'knn': float((near == labels[1]).mean()), 'linear': linear}
     return watch
 
 # %% ../nbs/A1_pretrain.ipynb #5fad87e2
@@ -306,7 +306,7 @@ def self_supervise(images: Tensor,  # uint8 (n, 3, h, w), on the device
     loop.ema.module.requires_grad_(False)
     load_checkpoint(loop, folder, 'pretrain')
     first = loop.epoch, loop.step
-    with Keeper(loop, Path(folder), 'pretrain') as keeper:
+    with Checkpointer(loop, Path(folder), 'pretrain') as keeper:
         while loop.epoch < epochs:
             clock = time.perf_counter()
             row = pretrain_epoch(loop, loop.model, images, epochs, keeper.after_step)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'FOUR', 'CIFAR10_C', 'CIFAR10_1', 'draw_grid', 'share', 'drop', 'views', 'contenders', 'answers', 'judge',
-           'evenly', 'robustness', 'rightness', 'all_right', 'corruption_rows', 'benchmark', 'severity_rows',
-           'mean_corruption_error', 'calibration_rows', 'model_rows', 'signed', 'verdict', 'by_corruption', 'cifar10_c',
-           'cifar10_1', 'published_c', 'published_1', 'draw_severities', 'draw_heatmap', 'draw_models',
-           'draw_differences', 'draw_calibration', 'published_rows', 'robustness_metrics']
+           'evenly', 'robustness', 'correct_by_model', 'all_right', 'corruption_rows', 'benchmark_names',
+           'severity_rows', 'mean_corruption_error', 'calibration_rows', 'model_rows', 'signed', 'robustness_verdict',
+           'by_corruption', 'cifar10_c', 'cifar10_1', 'published_c', 'published_1', 'draw_severities', 'draw_heatmap',
+           'draw_models', 'draw_differences', 'draw_calibration', 'published_rows', 'robustness_metrics']
 
 # %% ../nbs/12_robustness.ipynb #c6760ba3
 import functools
@@ -137,7 +137,7 @@ def robustness(cfg, folder):
     return {'names': list(CORRUPTIONS), 'classes': len(splits(cfg)['classes']), 'labels': labels, 'index': index} | judge(cfg, sets, folder)
 
 # %% ../nbs/12_robustness.ipynb #b27fb4c3
-def rightness(result, model: str, name: str) -> np.ndarray:  # bool (n,) for clean, else (5, n)
+def correct_by_model(result, model: str, name: str) -> np.ndarray:  # bool (n,) for clean, else (5, n)
     "Return which answers of a model to a set are right."
     guess = result[f'{name}_guess'][list(MODELS).index(model)].reshape(-1, len(result['labels']))
     right = guess == result['labels']
@@ -145,15 +145,15 @@ def rightness(result, model: str, name: str) -> np.ndarray:  # bool (n,) for cle
 
 def all_right(result, model: str, names: list) -> np.ndarray:  # bool (5·names, n)
     "Return which answers of a model are right, over corruptions and severities."
-    return np.concatenate([rightness(result, model, name) for name in names])
+    return np.concatenate([correct_by_model(result, model, name) for name in names])
 
 # %% ../nbs/12_robustness.ipynb #b8123139
 FOUR = ['gaussian_noise', 'brightness', 'gaussian_blur', 'contrast']  # the reference's
 
 def corruption_rows(result, model: str = 'phase2') -> list[dict]:
     "Return accuracy and drop, in percent, of the clean images, of means over corruptions and of each corruption over its severities."
-    clean, names = rightness(result, model, 'clean'), result['names']
-    groups = {f'mean of the reference\'s {len(FOUR)}': FOUR, f'mean of the benchmark\'s {len(benchmark())}': benchmark(), f'mean of all {len(names)}': names}
+    clean, names = correct_by_model(result, model, 'clean'), result['names']
+    groups = {f'mean of the reference\'s {len(FOUR)}': FOUR, f'mean of the benchmark\'s {len(benchmark_names())}': benchmark_names(), f'mean of all {len(names)}': names}
     parts = {name: [name] for name in FOUR + [n for n in names if n not in FOUR]}
     rows = [{'corruption': 'clean', 'accuracy': 100 * float(clean.mean()), 'n': len(clean)}]
     for name, group in {**dict(list(parts.items())[:4]), **groups, **dict(list(parts.items())[4:])}.items():
@@ -161,7 +161,7 @@ def corruption_rows(result, model: str = 'phase2') -> list[dict]:
         rows.append({'corruption': name, 'accuracy': 100 * float(right.mean()), 'n': len(clean), **{k: 100 * v for k, v in drop(clean, right).items()}})
     return rows
 
-def benchmark() -> list[str]:
+def benchmark_names() -> list[str]:
     "Return the names of the corruptions in the benchmark's mean."
     return [name for name, c in CORRUPTIONS.items() if not c.extra]
 
@@ -170,16 +170,16 @@ def severity_rows(result, model: str = 'phase2') -> list[dict]:
     "Return accuracy with its Wilson interval, and drop with its paired interval, in percent, of each corruption and severity."
     rows = []
     for name in result['names']:
-        for s, right in enumerate(rightness(result, model, name), 1):
+        for s, right in enumerate(correct_by_model(result, model, name), 1):
             low, high = wilson(float(right.mean()), len(right))
             rows.append({'corruption': name, 'severity': s, 'accuracy': 100 * float(right.mean()), 'low': 100 * low, 'high': 100 * high,
-                         'n': len(right), **{k: 100 * v for k, v in drop(rightness(result, model, 'clean'), right[None]).items()}})
+                         'n': len(right), **{k: 100 * v for k, v in drop(correct_by_model(result, model, 'clean'), right[None]).items()}})
     return rows
 
 # %% ../nbs/12_robustness.ipynb #8d4fc7e1
 def mean_corruption_error(result, model: str, baseline: str = 'linear') -> float | None:  # 1: as the baseline
     "Return a model's mean corruption error over the benchmark's corruptions, relative to a baseline; None if that makes no error."
-    errors = [[(~rightness(result, m, name)).sum() for name in benchmark()] for m in (model, baseline)]
+    errors = [[(~correct_by_model(result, m, name)).sum() for name in benchmark_names()] for m in (model, baseline)]
     ratios = [a / b for a, b in zip(*errors) if b]
     return float(np.mean(ratios)) if ratios else None
 
@@ -189,7 +189,7 @@ def calibration_rows(result) -> list[dict]:
     rows = []
     for m, model in enumerate(MODELS):
         for s in range(6):
-            names, n = ['clean'] if s == 0 else benchmark(), len(result['labels'])
+            names, n = ['clean'] if s == 0 else benchmark_names(), len(result['labels'])
             part = slice(max(0, s - 1) * n, max(1, s) * n)
             guess, sure = (np.concatenate([result[f'{name}_{what}'][m][part] for name in names]) for what in ('guess', 'confidence'))
             if np.isnan(sure).any(): continue
@@ -212,19 +212,19 @@ def model_rows(result, baseline: str = 'linear') -> list[dict]:
         if model != baseline:
             for what, d in (('ahead_clean', here['clean'] - base['clean']), ('ahead_corrupted', here['corrupted'] - base['corrupted']),
                             ('extra_drop', here['clean'] - here['corrupted'] - base['clean'] + base['corrupted'])):
-                row |= dict(zip((what, f'{what}_low', f'{what}_high'), mean_interval(d, least=1 if what == 'ahead_clean' else 1 / (5 * len(benchmark())))))
+                row |= dict(zip((what, f'{what}_low', f'{what}_high'), mean_interval(d, least=1 if what == 'ahead_clean' else 1 / (5 * len(benchmark_names())))))
         rows.append({k: v if k == 'model' or v is None else 100 * float(v) for k, v in row.items()})
     return rows
 
 def _pair(result, model: str) -> dict:
     "Return a model's right answers to clean images and to the benchmark's corruptions."
-    return {'clean': rightness(result, model, 'clean'), 'corrupted': all_right(result, model, benchmark())}
+    return {'clean': correct_by_model(result, model, 'clean'), 'corrupted': all_right(result, model, benchmark_names())}
 
 def signed(value: float, digits: int = 1) -> str:
     "Write a number with its sign."
     return f'{value:+.{digits}f}'.replace('-', '−')
 
-def verdict(row: dict) -> str:
+def robustness_verdict(row: dict) -> str:
     "Say in words whether a model loses more under corruption than the baseline."
     return 'costs robustness' if row['extra_drop_low'] > 0 else 'adds robustness' if row['extra_drop_high'] < 0 else 'shows no difference in robustness'
 
@@ -233,8 +233,8 @@ def by_corruption(result) -> list[dict]:
     "Return accuracy in percent over the severities of each corruption, a column a model, and how far phase 2 is ahead of the linear probe with its interval."
     rows = []
     for name in result['names']:
-        ahead = drop(rightness(result, 'phase2', name), rightness(result, 'linear', name))
-        rows.append({'corruption': name, **{m: 100 * float(rightness(result, m, name).mean()) for m in MODELS},
+        ahead = drop(correct_by_model(result, 'phase2', name), correct_by_model(result, 'linear', name))
+        rows.append({'corruption': name, **{m: 100 * float(correct_by_model(result, m, name).mean()) for m in MODELS},
                      **{k.replace('drop', 'ahead'): 100 * v for k, v in ahead.items()}})
     return rows
 
@@ -308,12 +308,12 @@ def published_1(cfg, folder):
 def draw_severities(result, title: str, model: str = 'phase2'):
     "Draw a model's accuracy over severity, a panel a kind of corruption; return the figure."
     fig, axes = subplots(2, 2, size=(8.6, 5.6), sharex=True, sharey=True)
-    clean = 100 * rightness(result, model, 'clean').mean()
-    mean = [clean, *100 * np.mean([rightness(result, model, name).mean(1) for name in benchmark()], 0)]
+    clean = 100 * correct_by_model(result, model, 'clean').mean()
+    mean = [clean, *100 * np.mean([correct_by_model(result, model, name).mean(1) for name in benchmark_names()], 0)]
     for ax, kind in zip(axes.flat, ('noise', 'blur', 'weather', 'digital')):
         ax.plot(range(6), mean, color='0.6', lw=4, alpha=0.6, label='mean of 15')
         for i, name in enumerate(name for name, c in CORRUPTIONS.items() if c.kind == kind):
-            y = [clean, *100 * rightness(result, model, name).mean(1)]
+            y = [clean, *100 * correct_by_model(result, model, name).mean(1)]
             ax.plot(range(6), y, marker='osD^vP'[i], color=f'C{i}' if i < 6 else 'k', ms=4, lw=1.3, label=name.replace('_', ' ') + (' †' if CORRUPTIONS[name].extra else ''))
         ax.set_title(kind, fontsize=10)
         ax.legend(fontsize=7.5, loc='lower left')
@@ -326,8 +326,8 @@ def draw_severities(result, title: str, model: str = 'phase2'):
 # %% ../nbs/12_robustness.ipynb #1a3749f5
 def draw_heatmap(result, title: str, model: str = 'phase2'):
     "Draw a model's accuracy by corruption and severity, the hardest first; return the figure."
-    names = sorted(result['names'], key=lambda name: rightness(result, model, name).mean())
-    cells = np.array([100 * rightness(result, model, name).mean(1) for name in names])
+    names = sorted(result['names'], key=lambda name: correct_by_model(result, model, name).mean())
+    cells = np.array([100 * correct_by_model(result, model, name).mean(1) for name in names])
     cells = np.column_stack([cells, cells.mean(1)])
     fig, ax = subplots(size=(6.4, 6.2))
     picture = ax.imshow(cells, cmap='cividis', vmin=min(cells.min(), 90), vmax=100, aspect='auto')
@@ -345,7 +345,7 @@ def draw_models(result, rows: dict, title: str):  # rows: model → a row of `mo
     "Draw each model's mean over the benchmark by severity, and what it loses from clean to corrupted with its interval; return the figure."
     fig, (left, right) = subplots(1, 2, size=(8.6, 3.7), width_ratios=(1.5, 1))
     for i, model in enumerate(MODELS):
-        y = [100 * rightness(result, model, 'clean').mean(), *100 * np.mean([rightness(result, model, name).mean(1) for name in benchmark()], 0)]
+        y = [100 * correct_by_model(result, model, 'clean').mean(), *100 * np.mean([correct_by_model(result, model, name).mean(1) for name in benchmark_names()], 0)]
         style = dict(marker='osD^vP'[i], color=f'C{i}')
         left.plot(np.arange(6) + 0.04 * (i - 2.5), y, ms=5, lw=1.3, ls='--' if i < 3 else '-', label=MODELS[model], **style)
         low, middle, high = (rows[model][k] for k in ('drop_low', 'drop', 'drop_high'))
@@ -403,7 +403,7 @@ def _published_rows(name: str, found) -> list[dict]:
     "Return the rows of one published set."
     rows = []
     for model in MODELS:
-        sets = {'mean of 15': benchmark(), 'mean of 19': found['names']} if 'names' in found else {'': ['shifted']}
+        sets = {'mean of 15': benchmark_names(), 'mean of 19': found['names']} if 'names' in found else {'': ['shifted']}
         for what, names in sets.items():
             right = all_right(found, model, names)
             _, low, high = mean_interval(share(right), (0, 1))

@@ -6,7 +6,7 @@
 __all__ = ['wilson', 'beyond', 'with_interval', 'mcnemar', 'mean_interval', 'gained', 'paired', 'holm', 'pairs', 'mean_auc',
            'losses', 'reliability', 'calibration_error', 'fit_temperature', 'confidence_summary', 'equal_mass_error',
            'probability_scores', 'risk_coverage', 'conformal_threshold', 'conformal_sets', 'correlation_p',
-           'correlation_interval', 'correlation_power', 'correlate', 'describe']
+           'correlation_interval', 'correlation_power', 'correlate', 'describe_correlation']
 
 # %% ../nbs/00_stats.ipynb #aac3eee1
 import math
@@ -220,7 +220,7 @@ def correlate(x, y,  # (n,) each
     return {'r': r, 'p': correlation_p(r, n), 'low': low, 'high': high, 'n': len(x)}
 
 # %% ../nbs/00_stats.ipynb #ea45d44b
-def describe(c: dict) -> str:
+def describe_correlation(c: dict) -> str:
     "Put a correlation into words."
     if c['r'] is None: return f'r is not defined (a constant, or too few points; n = {c["n"]:,})'
     p = 'p < 0.001' if c['p'] < 0.001 else f'p = {c["p"]:.2g}'

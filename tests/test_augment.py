@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as reference
 from dinocls.kit import config
 from dinocls.augment import (
     MEAN, OPS, STD, augment, autoaugment, brightness, by_op, contrast, enlarge, erase, flip, jitter, magnitude,
-    mix, mixed_loss, prepare, randaugment, saturation, shift, turn_hue, uniform, warp)
+    mix, mixed_loss, preprocess, randaugment, saturation, shift, turn_hue, uniform, warp)
 
 STEP = 1 / 255
 RAND = v2.RandAugment()
@@ -99,7 +99,7 @@ def test_erasing_replaces_a_box_as_torchvision_does():
 def test_prepare_agrees_with_torchvisions_resize(side):
     x = pictures()
     wanted = reference.normalize(reference.resize(x, [side, side], v2.InterpolationMode.BICUBIC, antialias=side < 32).clamp(0, 1), MEAN, STD)
-    assert (prepare(x, config.preset('smoke', image_size=side)) - wanted).abs().max() < STEP
+    assert (preprocess(x, config.preset('smoke', image_size=side)) - wanted).abs().max() < STEP
 
 
 @pytest.mark.parametrize(('vary', 'kinds'), [
@@ -231,33 +231,33 @@ def test_prepare_resizes_as_torch_does(size):
     x, side = pictures(*size), 57
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     plain = F.interpolate(x, (side, side), mode='bicubic', antialias=max(size) > side).clamp(0, 1)
-    ours = prepare(x, config.preset('smoke', image_size=side))
+    ours = preprocess(x, config.preset('smoke', image_size=side))
     assert (ours * std + mean - plain).abs().max() < 1e-5
-    assert (prepare((x * 255).round().to(torch.uint8), config.preset('smoke', image_size=side)) - ours).abs().max() < 1e-4
+    assert (preprocess((x * 255).round().to(torch.uint8), config.preset('smoke', image_size=side)) - ours).abs().max() < 1e-4
 
 
 def test_prepare_at_the_native_size_only_normalises():
     x = pictures()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    assert torch.equal(prepare(x, config.preset('smoke')), (x - mean) / std)
+    assert torch.equal(preprocess(x, config.preset('smoke')), (x - mean) / std)
 
 
 def test_prepare_keeps_its_precision_under_autocast_and_serves_gradients_after_inference():
     x, cfg = pictures(), config.preset('smoke', image_size=50)  # a size that no other test asks for
-    with torch.inference_mode(): first = prepare(x, cfg)
-    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(prepare(x, cfg), first) and prepare(x, cfg).dtype == torch.float32
+    with torch.inference_mode(): first = preprocess(x, cfg)
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(preprocess(x, cfg), first) and preprocess(x, cfg).dtype == torch.float32
     leaf = x.clone().requires_grad_()
-    prepare(leaf, cfg).sum().backward()
+    preprocess(leaf, cfg).sum().backward()
     assert leaf.grad.abs().sum() > 0
     assert enlarge(x.double(), 50).dtype == torch.float64
 
 
 def test_prepare_writes_over_a_batch_that_fits_and_over_no_other():
     x, cfg = pictures(), config.preset('smoke', image_size=57)
-    fresh = prepare(x, cfg)
+    fresh = preprocess(x, cfg)
     for last in (None, torch.zeros(12, 3, 57, 57), torch.zeros(11, 3, 57, 57), torch.zeros(12, 3, 57, 57, dtype=torch.float64)):
-        again = prepare(x, cfg, out=last)
+        again = preprocess(x, cfg, out=last)
         assert torch.equal(again, fresh)
         assert (again is last) == (last is not None and last.shape == fresh.shape and last.dtype == fresh.dtype)
     native = torch.zeros(12, 3, 32, 32)
-    assert torch.equal(prepare(x, config.preset('smoke'), out=native), prepare(x, config.preset('smoke')))
+    assert torch.equal(preprocess(x, config.preset('smoke'), out=native), preprocess(x, config.preset('smoke')))

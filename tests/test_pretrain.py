@@ -125,7 +125,7 @@ def test_views_and_loss_take_nothing_from_the_host(options, monkeypatch):
     cfg, images = pretrain.recipe(config.preset('smoke', **EVERYTHING | options)), torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device='meta')
     with torch.device('meta'): student = pretrain.Student(cfg)
     with Watched():
-        views = pretrain.draw_views(images, cfg, None, 0.5)
+        views = pretrain.sample_views(images, cfg, None, 0.5)
         loss, _ = pretrain.contrast_loss(student, views, cfg) if cfg.pretrain_method == 'simclr' else pretrain.dino_loss(student, student, views, cfg)
         loss.backward()
         with pytest.raises(AssertionError, match='copies from the host'): torch.ones(8).to('meta')
@@ -212,7 +212,7 @@ def test_a_mask_hides_a_patch_however_few_there_are(grid):
 
 def test_local_views_need_room():
     with pytest.raises(UserError, match='at least 4 patches wide; 16 pixels of book-digits are 2'):
-        pretrain.draw_views(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), config.preset('smoke', image_size=16, local_views=1), torch.Generator(), 1.0)
+        pretrain.sample_views(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), config.preset('smoke', image_size=16, local_views=1), torch.Generator(), 1.0)
 
 
 @pytest.mark.parametrize('field, value', [('pretrain_method', 'byol'), ('centring', 'none'), ('pretrain_batch', 1), ('teacher_momentum', 0), ('teacher_momentum', 1),
@@ -266,7 +266,7 @@ def test_images_that_the_weights_have_seen_are_counted(tmp_path):
 
 def test_changed_and_missing_weights_are_refused(tmp_path, monkeypatch):
     for f in SHIPPED: shutil.copy(f, tmp_path), shutil.copy(f.with_suffix('.json'), tmp_path)
-    monkeypatch.setattr(core, 'shipped', lambda name: tmp_path/f'{name}.safetensors')
+    monkeypatch.setattr(fetch, 'shipped', lambda name: tmp_path/f'{name}.safetensors')
     monkeypatch.setattr(model, 'shipped', fetch.shipped)
     model.backbone('book-digits', 32)
     content = bytearray((tmp_path/'book-digits.safetensors').read_bytes())

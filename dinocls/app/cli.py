@@ -147,7 +147,7 @@ def answer_line(name: str, found: dict, top: int) -> str:
     return f'{name}: ' + ', '.join(f'{c} {100 * p:.1f} %' for c, p in best) + (' (uncertain)' if found['uncertain'] else '')
 
 
-def overlay(served, items: list, names: list, file: Path) -> Path:
+def draw_attention(served, items: list, names: list, file: Path) -> Path:
     "Draw the last block's mean attention and its heads over the first pictures that can be used. Raise `UserError` if there are none, or the file can't be written."
     import matplotlib.pyplot as plt
     import numpy as np
@@ -187,7 +187,7 @@ def predict(paths: Annotated[list[str], typer.Argument(help='pictures, folders, 
             if as_json: print(json.dumps({'path': name, **found}, ensure_ascii=False))
             elif 'error' in found: print(f'{name}: {re.sub(r"^Cannot use images.*?: ", "", found["error"])}', file=sys.stderr)
             else: print(answer_line(name, found, top), flush=True)
-    if attention: print(f'{short(overlay(served, items, names, attention))} shows where the model looked.', file=sys.stderr)
+    if attention: print(f'{short(draw_attention(served, items, names, attention))} shows where the model looked.', file=sys.stderr)
     raise typer.Exit(1 if failed else 0)
 
 

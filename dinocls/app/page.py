@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..attention import attention_maps
-from ..augment import prepare
+from ..augment import preprocess
 from ..kit.corruptions import CORRUPTIONS, corrupt
 from ..kit.files import UserError
 from ..kit.pictures import as_png
@@ -27,12 +27,12 @@ def enlarged(pixels: np.ndarray, side: int = 320) -> np.ndarray:
     return pixels.repeat(times, 0).repeat(times, 1)
 
 
-def overlay(model, pixels: np.ndarray, strength: float = 0.6) -> np.ndarray | None:  # uint8 (h, w, 3)
+def attention_overlay(model, pixels: np.ndarray, strength: float = 0.6) -> np.ndarray | None:  # uint8 (h, w, 3)
     "Return a picture under the attention of the model's last block, the mean over its heads; nothing for models without such."
     import matplotlib
     from PIL import Image
     if not isinstance(getattr(model, 'model', None), Classifier): return None
-    try: maps = attention_maps(model.model, prepare(torch.tensor(pixels).permute(2, 0, 1)[None], model.cfg))
+    try: maps = attention_maps(model.model, preprocess(torch.tensor(pixels).permute(2, 0, 1)[None], model.cfg))
     except UserError: return None  # a backbone of another kind
     seen, under = maps[0].mean(0).cpu().numpy(), enlarged(pixels)
     colours = Image.fromarray(matplotlib.colormaps['inferno'](seen / seen.max(), bytes=True)[..., :3])
@@ -57,7 +57,7 @@ def looker(service: Service):
                 pixels = await service.read(worsen, pixels, name if name in CORRUPTIONS else None, int(severity))
                 found = await service.in_time(batcher(pixels))
                 return (gr.HTML(UNSURE, visible=bool(found.get('uncertain'))), found['probabilities'], enlarged(pixels),
-                        await batcher.beside(overlay, model, pixels))
+                        await batcher.beside(attention_overlay, model, pixels))
         except Refusal as e: return gr.HTML(f'<p role="alert">{escape(str(e))}</p>', visible=True), None, None, None
     return look
 
