@@ -69,6 +69,12 @@ def subplots(rows: int = 1, cols: int = 1,
     return plt.subplots(rows, cols, figsize=size, **kwargs)
 
 
+def headline(fig, title: str):
+    "Put a title, in bold, at the top left of a figure; return the figure."
+    fig.suptitle(title, x=0, ha='left', fontweight='bold', fontsize=11)
+    return fig
+
+
 def save_figure(cfg: Config, chapter: str, name: str, fig):
     "Write a figure as `<chapter>/<name>.png` into the run; the notebook shows it as the cell ends."
     with replacing(cfg.folder/chapter/f'{name}.png') as tmp: fig.savefig(tmp, metadata={'Software': None})
