@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
@@ -16,7 +16,7 @@ setup(
     name=s['lib_name'], version=s['version'], description=s['description'], keywords=s['keywords'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     url=s['git_url'], author=s['author'], author_email=s['author_email'], license='MIT', license_files=['LICENSE'],
-    packages=[s['lib_name']], package_data={s['lib_name']: ['*.mplstyle', 'weights/*']}, include_package_data=False,
+    packages=find_packages(include=[s['lib_name'], f"{s['lib_name']}.*"]), package_data={s['lib_name']: ['*.mplstyle', 'weights/*']}, include_package_data=False,
     python_requires=f">={s['min_python']}", install_requires=split('requirements'),
     extras_require={**extras, 'book': book, 'dev': book + split('dev_requirements')},
     entry_points={'console_scripts': split('console_scripts')}, zip_safe=False,

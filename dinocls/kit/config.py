@@ -52,7 +52,7 @@ class DataConfig:
     test_size: Size = 360  # test images; 0: the whole test set
     split_seed: Size = 42  # seed of the stratified splits
     on_broken: Literal['raise', 'skip'] = 'raise'  # image files that can't be read: an error that lists them, or skip
-    on_drift: Literal['raise', 'report'] = 'raise'  # splits of different distributions: an error that says how, or report
+    on_drift: Literal['raise', 'report'] = 'raise'  # splits that differ: an error that says how, or report
 
 
 @dataclass(frozen=True)
@@ -281,36 +281,41 @@ class Preset:
 _DIGITS = dict(dataset='digits', backbone='book-digits', image_size=32, flip=False, crop=1, batch_size=32,
                phase1_lr=1e-2, lr_backbone=1e-4, lr_head=1e-2, lr_pairs=((1e-2, 1e-2), (1e-3, 1e-1), (1e-4, 1e-2)),
                lr_grid=((1e-4, 1e-3, 1e-2), (1e-3, 1e-2, 1e-1)),
-               view_zoom=(0.85, 1.18), view_rotation=15.0, view_shear=0.15, view_shift=0.12, view_elastic=0.12, view_flip=False,
-               view_brightness=0.3, view_saturation=0.0, view_grey=0.0, view_noise=0.05, view_erasing=0.25,
-               pretrain_batch=128, pretrain_lr=2e-3, prototypes=128, teacher_momentum=0.9)
+               view_zoom=(0.85, 1.18), view_rotation=15.0, view_shear=0.15, view_shift=0.12, view_elastic=0.12,
+               view_flip=False, view_brightness=0.3, view_saturation=0.0, view_grey=0.0, view_noise=0.05,
+               view_erasing=0.25, pretrain_batch=128, pretrain_lr=2e-3, prototypes=128, teacher_momentum=0.9)
 _SMOKE = _DIGITS | dict(train_size=200, val_size=100, test_size=100, batch_size=50, phase1_epochs=2, phase2_epochs=2,
-                        members=2, study_seeds=2, lr_grid=((1e-4, 1e-2), (1e-2,)), attention_images=20, corruption_images=12, benchmark_seconds=0.1,
-                        pretrain_epochs=2, pretrain_batch=50)
-_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, study_size=256, corruption_images=80, benchmark_seconds=0.5, pretrain_epochs=16)
-_CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32, batch_size=512,
-              phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=60, lr_backbone=1e-3, lr_head=1e-3, members=3, study_size=5000,
-              lr_pairs=((1e-2, 1e-2), (1e-4, 1e-2), (1e-3, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3, 1e-2), (1e-3, 1e-2)),
-              pretrain_method='simclr', pretrain_batch=256, view_hue=0.1, teacher_rise=False)  # see benchmarks/recipe.py, which did not try these together; a GPU takes pretrain_batch=1024 pretrain_lr=2e-3
+                        members=2, study_seeds=2, lr_grid=((1e-4, 1e-2), (1e-2,)), attention_images=20,
+                        corruption_images=12, benchmark_seconds=0.1, pretrain_epochs=2, pretrain_batch=50)
+_QUICK = _DIGITS | dict(phase1_epochs=6, phase2_epochs=10, members=3, study_size=256, corruption_images=80,
+                        benchmark_seconds=0.5, pretrain_epochs=16)
+_CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifar', weights='random', image_size=32,
+              batch_size=512, phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=60, lr_backbone=1e-3, lr_head=1e-3,
+              members=3, study_size=5000, lr_pairs=((1e-2, 1e-2), (1e-4, 1e-2), (1e-3, 1e-3)),
+              lr_grid=((1e-5, 1e-4, 1e-3, 1e-2), (1e-3, 1e-2)),
+              # see benchmarks/recipe.py, which did not try these together; a GPU takes batches of 1024 at 2e-3
+              pretrain_method='simclr', pretrain_batch=256, view_hue=0.1, teacher_rise=False)
 _LAPTOP = _CIFAR | dict(weights='', train_size=2500, val_size=2500, batch_size=64, phase1_epochs=3, phase2_epochs=4,
-                        lr_backbone=1e-4, members=2, study_size=500, study_seeds=2, lr_pairs=((1e-3, 1e-3), (1e-5, 1e-3)),
-                        lr_grid=((1e-5, 1e-4, 1e-3), (1e-3, 1e-2)), corruption_images=150, benchmark_seconds=0.5,
-                        pretrain_size=5000, pretrain_epochs=1)
-_REFERENCE = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='dinov2_vitb14', image_size=224, batch_size=64,
-                  precision='fp16', corruption_images=1000)
-_BEST = _REFERENCE | dict(corruption_images=2000, batch_size=256, precision='bf16', phase2_epochs=20, lr_backbone=1e-5, lr_head=1e-3, members=3)
+                        lr_backbone=1e-4, members=2, study_size=500, study_seeds=2,
+                        lr_pairs=((1e-3, 1e-3), (1e-5, 1e-3)), lr_grid=((1e-5, 1e-4, 1e-3), (1e-3, 1e-2)),
+                        corruption_images=150, benchmark_seconds=0.5, pretrain_size=5000, pretrain_epochs=1)
+_REFERENCE = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='dinov2_vitb14', image_size=224,
+                  batch_size=64, precision='fp16', corruption_images=1000)
+_BEST = _REFERENCE | dict(corruption_images=2000, batch_size=256, precision='bf16', phase2_epochs=20,
+                          lr_backbone=1e-5, lr_head=1e-3, members=3)
 
 PRESETS = {
     'smoke': Preset('tests: each chapter in seconds', '2 min for the book on 2 CPU cores, no network',
                     'every cell runs; the scores mean nothing', _SMOKE),
     'quick': Preset('the embedded default: the whole book on real digits', '15 min on 2 CPU cores, no network',
                     'a small ViT, pre-trained without labels: about 99 % on 360 test digits', _QUICK),
-    'laptop': Preset('CIFAR-10 itself on two cores: 2,500 labels, all 10,000 test images', 'not measured yet; 2 CPU cores, CIFAR-10 download of 170 MB',
-                     'not measured yet', _LAPTOP),
+    'laptop': Preset('CIFAR-10 itself on two cores: 2,500 labels, all 10,000 test images',
+                     'not measured yet; 2 CPU cores, CIFAR-10 download of 170 MB', 'not measured yet', _LAPTOP),
     'cifar': Preset('a real experiment without a model download',
-                    'training and scoring not measured yet, one GPU; all else 11 min on 2 CPU cores; CIFAR-10 download of 170 MB',
-                    'not measured yet', _CIFAR),
-    'reference': Preset('the reference recipe exactly', '6 h on a T4 as reported, not measured yet; model download of 350 MB',
+                    'training and scoring not measured yet, one GPU; all else 11 min on 2 CPU cores; '
+                    'CIFAR-10 download of 170 MB', 'not measured yet', _CIFAR),
+    'reference': Preset('the reference recipe exactly',
+                        '6 h on a T4 as reported, not measured yet; model download of 350 MB',
                         '99.4 % on the test set as reported, not measured yet', _REFERENCE),
     'best': Preset('the same model on a large GPU', 'not measured yet; one large GPU, model download of 350 MB',
                    'not measured yet', _BEST),

@@ -1,7 +1,6 @@
 "What a chapter leaves behind: rows of metrics, claims, tables, figures in one style."
 import json
 
-
 from .config import Config
 from .files import plain, read_json, replacing, write_json
 
@@ -13,7 +12,8 @@ def metric(name: str,  # what was measured
            seed: int | None = None,  # None: over several seeds, or none involved
            **more) -> dict:  # further columns, as `std`, `seeds` or `low` and `high`
     "Return one row of metrics."
-    return {'metric': name, 'value': None if value is None else float(value), 'split': split, 'n': int(n), 'seed': seed, **more}
+    value = None if value is None else float(value)
+    return {'metric': name, 'value': value, 'split': split, 'n': int(n), 'seed': seed, **more}
 
 
 def write_metrics(cfg: Config, chapter: str,  # as in '05_phase1'
@@ -31,7 +31,8 @@ def read_metrics(cfg: Config) -> list[dict]:
 
 def write_history(cfg: Config, chapter: str, rows: list[dict]):
     "Write a training curve into a chapter's folder of the run, one line of JSON an epoch."
-    with replacing(cfg.folder/chapter/'history.jsonl') as tmp: tmp.write_text(''.join(json.dumps(plain(row)) + '\n' for row in rows), encoding='utf-8')
+    lines = ''.join(json.dumps(plain(row)) + '\n' for row in rows)
+    with replacing(cfg.folder/chapter/'history.jsonl') as tmp: tmp.write_text(lines, encoding='utf-8')
 
 
 def claim(text: str,  # what is expected, in a sentence

@@ -1,4 +1,4 @@
-"""A stage is a function of `Config` whose result is kept on disk, and found again as long as it would come out the same.
+"""A stage is a function of `Config` whose result is kept on disk, and found again while it would come out the same.
 
 What a result depends on is measured while it is made: the fields that were read, the content of data and weights, the
 code that was reached, and the results of other stages that were used. A stored result counts if all of them are as they
@@ -24,6 +24,7 @@ from .files import UserError, as_os_error, digest, file_digest, plain, read_json
 
 RUN_FORMAT = 2  # layout of a run folder; raised when an older one could be misread
 STAGES = {}  # name → stage, filled as modules are imported
+NOT_READ = {*WHERE, 'data_root'}  # data count by their content
 
 
 def open_run(cfg: Config) -> Path:
@@ -45,7 +46,7 @@ def _check_run(folder: Path, record: dict, wanted: dict):
         made = record.get('version', 'unknown') if isinstance(record, dict) else 'unknown'
         raise UserError(f'{folder} was written by another version of dinocls ({made}; this is {machine.version()}): '
                         'choose a new folder with --out.')
-    had = plain(dataclasses.asdict(Config())) | (record.get('config') or {})  # a field that came later was at its default
+    had = plain(dataclasses.asdict(Config())) | (record.get('config') or {})  # a later field was at its default
     other = [k for k in wanted if had[k] != wanted[k]]
     if other: raise UserError(f'{folder} holds a run with {other[0]}={had[other[0]]!r}, this one has '
                               f'{other[0]}={wanted[other[0]]!r}: choose another folder with --out, or delete that one.')
@@ -87,7 +88,8 @@ def save_result(folder: Path, result: dict) -> dict:
     kinds = {name: 'array' if isinstance(v, np.ndarray) else 'tensors' if _is_weights(v) else 'json'
              for name, v in result.items()}
     write_json(folder/'result.json', {n: result[n] for n, k in kinds.items() if k == 'json'})
-    with replacing(folder/'arrays.npz') as tmp: np.savez(tmp, **{n: result[n] for n, k in kinds.items() if k == 'array'})
+    arrays = {n: result[n] for n, k in kinds.items() if k == 'array'}
+    with replacing(folder/'arrays.npz') as tmp: np.savez(tmp, **arrays)
     for name in (n for n, k in kinds.items() if k == 'tensors'):
         from safetensors.torch import save_file
         weights = {k: t.detach().cpu().contiguous() for k, t in result[name].items()}
@@ -107,7 +109,7 @@ class View:
 
     def __getattr__(self, name):
         value = getattr(self._cfg, name)
-        if name in FIELDS and name not in (*WHERE, 'data_root') and name not in self._changed: self._fields[name] = plain(value)
+        if name in FIELDS and name not in NOT_READ | self._changed: self._fields[name] = plain(value)
         return value
 
     def uses(self, result: Result):
@@ -123,7 +125,7 @@ def variant(cfg, **changes):
     return View(variant(cfg._cfg, **changes), cfg._fields, cfg._after, cfg._changed | changes.keys())
 
 
-NO_RESULT = ('config', 'figures', 'machine')  # of kit: fields are compared by value; drawings and records give no result
+NO_RESULT = ('config', 'figures', 'machine')  # of kit: fields are compared by value, the rest gives no result
 PACKAGE = Path(__file__).parents[1]
 
 

@@ -1,0 +1,46 @@
+"Metrics, claims, tables and figures of a run."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dinocls.kit import figures
+from dinocls.kit.config import preset
+
+
+@pytest.fixture
+def cfg(tmp_path): return preset('smoke', out=str(tmp_path))
+
+
+def test_metrics_come_back(cfg):
+    rows = figures.write_metrics(cfg, '05_phase1', [figures.metric('accuracy', 0.5, n=10, seed=1)])
+    assert figures.read_metrics(cfg) == rows and rows[0]['run'] == cfg.folder.name
+
+
+def test_a_history_is_a_line_of_json_per_epoch(cfg):
+    figures.write_history(cfg, '05_phase1', [{'epoch': 1, 'loss': 0.5}, {'epoch': 2, 'loss': np.float32('nan')}])
+    lines = (cfg.folder/'05_phase1'/'history.jsonl').read_text().splitlines()
+    assert json.loads(lines[1]) == {'epoch': 2, 'loss': None}
+
+
+def test_claims_hold_or_not_or_cannot_be_told(cfg):
+    shown = figures.write_claims(cfg, '05_phase1', [
+        figures.claim('the head has learned something', np.bool_(True), '96 % of 360, chance is 10 %'),
+        figures.claim('phase 2 does no harm', False, '−2 images of 360'),
+        figures.claim('it is real', None, 'one seed')])
+    assert figures.read_claims(cfg) == {'05_phase1': shown}
+    assert [line[:3] for line in shown._repr_markdown_().splitlines()] == ['- ✓', '- ✗', '- ?']
+
+
+def test_a_figure_and_a_table_change_only_with_their_result(cfg):
+    import matplotlib.pyplot as plt
+    def draw():
+        fig, ax = figures.subplots(size=(3, 2))
+        ax.plot([1, 2], [3, 4])
+        figures.save_figure(cfg, '05_phase1', 'line', figures.headline(fig, 'It rises'))
+        plt.close(fig)
+        figures.save_table(cfg, '05_phase1', 'table', pd.DataFrame({'a': [1.5]}))
+        return [(cfg.folder/'05_phase1'/name).read_bytes() for name in ('line.png', 'table.csv')]
+    assert draw() == draw()
+    assert draw()[1] == b'a\n1.5\n'
