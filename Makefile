@@ -1,12 +1,17 @@
-# make book   install, then execute every chapter on the embedded default (no network beyond the package index, no GPU)
-# make test   install, then run the notebooks as tests, then tests/
-# make lab    install, then open JupyterLab on the chapters
+# make book         install, then execute every chapter on the embedded default (no network beyond the package index, no GPU)
+# make test         install, then run every test: the notebooks, then tests/
+# make check        install, then look over the code and run the tests that take no time: within a minute
+# make lab          install, then open JupyterLab on the chapters
+# make export       after changing a notebook: outputs away, library and README written anew
+# make record       execute the committed run anew, all of it
+# make constraints  take the newest releases of what is required, with their hashes
 PYTHON ?= python3
 PRESET ?= quick
 BIN := .venv/bin
 READY := .venv/.ready
+WORKERS = $$($(BIN)/python -c 'from dinocls.kit.machine import cores; print(min(cores(), 8))')
 
-.PHONY: book test lab export hooks clean help
+.PHONY: book test check lab export record constraints hooks clean help
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -15,26 +20,39 @@ book: $(READY)
 
 test: $(READY)
 	rm -rf outputs/smoke
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $$($(BIN)/python -c 'import dinocls.kit.machine as m; print(min(m.cores(), 8))')
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests
+
+check: $(READY)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/dinocls sync --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not slow' tests
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs
 
-# After changing a notebook: outputs away, library and README written anew.
 export: $(READY)
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/dinocls sync
 
+record: $(READY)
+	$(BIN)/dinocls run --preset quick --out outputs/record-quick --force
+	$(BIN)/dinocls sync
+
+constraints: $(READY)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --upgrade --output-file constraints.txt
+
 hooks: $(READY)
 	$(BIN)/nbdev_install_hooks
 
-# The environment, with torch and torchvision from one index so that their builds match.
-$(READY): settings.ini setup.py
+# The environment: the releases of constraints.txt, each with its hash, then the book itself.
+$(READY): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "dinocls needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another, as in: make book PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "The virtual environment could not be made; on Debian and Ubuntu, install python3-venv first."; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
 clean:
