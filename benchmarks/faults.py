@@ -126,8 +126,9 @@ def cost(name: str, folder: Path, **fields) -> dict:
         loop.step += 1  # of two checkpoints of one step, the one just written might be taken for the older
         for what, f in (('write', save_checkpoint), ('read', load_checkpoint)):
             clock = time.perf_counter()
-            file = f(loop, folder, name) if what == 'write' else f(loop, folder, name) and file
+            made = f(loop, folder, name)
             times[what].append(time.perf_counter() - clock)
+            if what == 'write': file = made
     return {'mb': file.stat().st_size / 1e6, **{what: median(t) for what, t in times.items()}}
 
 

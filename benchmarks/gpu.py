@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -379,11 +380,13 @@ def train_backbone(args):
                  compile=size['compile'], out=str(run))
     stage = pretrain.pretrain
     if not args.rescue: pretrain.publish(cfg, file.parent, study=False)
-    found = stage(cfg) if stage.is_done(cfg) else pretrain.so_far(stage.folder(cfg).with_suffix('.partial'))
+    found = stage(cfg) if stage.is_done(cfg) else pretrain.so_far(stage.partial(cfg))
     for name, part in {'teacher': 'teacher', **({'book-cifar': 'weights'} if args.rescue else {})}.items():
         with files.replacing(file.with_stem(name)) as tmp: save_file(found[part], tmp)
     if args.rescue:
-        files.write_json(file.with_suffix('.json'), core.stage_record(stage, cfg) | {
+        made_from = {f: getattr(cfg, f) for f in config.FIELDS if f not in (*config.WHERE, 'data_root')}
+        files.write_json(file.with_suffix('.json'), {
+            'config': made_from, 'git': machine.git_commit(), 'versions': machine.versions(), 'hardware': machine.hardware(),
             'backbone': cfg.backbone, 'sha256': files.file_digest(file), 'command': pretrain.command(cfg), 'seed': cfg.seed, 'seconds': None,
             'data': splits(cfg)['fingerprint'], 'probes': [], 'history': found['history'], 'study': [], 'stopped': True})
 

@@ -22,7 +22,7 @@ from dinocls.model import BACKBONES
 LIMIT = 4 * 2**10  # MB that no chapter may take
 
 
-def config(root: str, out: str): return config.preset('cifar', data_root=root, out=out)
+def configuration(root: str, out: str): return config.preset('cifar', data_root=root, out=out)
 
 
 def made_up(cfg) -> tuple[dict, dict]:  # split → features (n, dim), labels (n,)
@@ -99,7 +99,7 @@ PARTS = {f.__name__: f for f in (splits, look_alikes, pixels, features, few_shot
 def inside(name: str, root: str):
     "Measure one part in this process, and print the result."
     with tempfile.TemporaryDirectory() as tmp:
-        cfg = config(root, tmp)
+        cfg = configuration(root, tmp)
         if name != 'splits': PARTS['splits'](cfg)  # what each other part finds stored
         before, clock, cpu = machine.peak_memory()['resident'], time.perf_counter(), time.process_time()
         PARTS[name](cfg)

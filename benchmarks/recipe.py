@@ -44,7 +44,7 @@ THEN = {'temperature 0.5': {'contrast_temperature': 0.5}, 'rate × 3': {'pretrai
 LOCAL = {'4 local views': {'local_views': 4}, 'no teacher’s balancing': {'centring': 'mean'}}  # where there is a teacher, in place of temperatures
 
 
-def config(changes: dict, data: str):
+def configuration(changes: dict, data: str):
     "Return the configuration of a try, and give book-cifar its stem."
     fields = BASE | {k: v for k, v in changes.items() if k != 'stem'}
     BACKBONES['book-cifar'] = replace(SPEC, stem=changes.get('stem', SPEC.stem))
@@ -53,7 +53,7 @@ def config(changes: dict, data: str):
 
 def epochs_of(changes: dict, data: str) -> int:
     "Return the epochs that spend what the first try spends; the stem's own 3 % take none away."
-    cost = lambda changes: step_flops(config(changes, data))
+    cost = lambda changes: step_flops(configuration(changes, data))
     return math.ceil(0.96 * EPOCHS * cost(PLAIN) / cost(changes))
 
 
@@ -74,7 +74,7 @@ def score(feats: dict, labels: dict) -> dict:
 def attempt(name: str, changes: dict, data: str) -> dict:
     "Pre-train and score one try; return its row."
     epochs = epochs_of(changes, data)
-    cfg = config(changes | {'pretrain_epochs': epochs}, data)
+    cfg = configuration(changes | {'pretrain_epochs': epochs}, data)
     images, labels = parts(cfg)
     last, clock, cpu = {}, time.perf_counter(), time.process_time()
 
@@ -94,10 +94,10 @@ def attempt(name: str, changes: dict, data: str) -> dict:
 
 def untrained(data: str) -> list[dict]:
     "Return what raw pixels score, and random weights with either stem."
-    images, labels = parts(config({}, data))
+    images, labels = parts(configuration({}, data))
     found = {'raw pixels': {s: x.flatten(1).float().numpy() / 255 for s, x in images.items()}}
     for name, changes in (('random weights, convolutional stem', {}), ('random weights, plain patches', PLAIN)):
-        cfg = config(changes, data)
+        cfg = configuration(changes, data)
         torch.manual_seed(cfg.seed)
         body = random_backbone(cfg.backbone, cfg.image_size)
         found[name] = {s: infer(body, x, cfg) for s, x in images.items()}

@@ -41,7 +41,7 @@ OPTIONS = {'compiled': {'compile': 'on'}, 'gradient checkpointing': {'gradient_c
 GFLOP = 46.3  # of ViT-B/14 at 224, an image forward; training takes three times as many (gpu.py)
 
 
-def config(case):
+def configuration(case):
     "Return the configuration of a case."
     changes = OPTIONS.get(case.get('variant'), {})
     if 'micro_batch' in changes: changes = {'micro_batch': case['batch'] // 2}
@@ -56,7 +56,7 @@ def images(case):
 
 def ours(case):
     "Return a function that trains an epoch with this library, and calls its argument after each step."
-    cfg = config(case)
+    cfg = configuration(case)
     model = classifier(cfg, CLASSES)
     if case['phase'] == 1: model.freeze()
     loop = start(model, cfg, 100, case['lead'] + case['steps'], 1e-5, 1e-4)
@@ -86,7 +86,7 @@ class Pictures(torch.utils.data.Dataset):
 
 def others_model(case):
     "Return the same model as others would hold it."
-    model = classifier(config(case), CLASSES).to(DEVICE).train()
+    model = classifier(configuration(case), CLASSES).to(DEVICE).train()
     model.backbone.requires_grad_(case['phase'] == 2)
     return model
 
@@ -94,7 +94,7 @@ def others_model(case):
 def tutorial(case):
     "Return an epoch of the loop that a tutorial would write."
     from torchvision import transforms as T
-    cfg, model = config(case), others_model(case)
+    cfg, model = configuration(case), others_model(case)
     transform = T.Compose([T.RandomCrop(32, padding=cfg.crop), T.RandomHorizontalFlip(), T.ColorJitter(cfg.brightness, cfg.contrast, cfg.saturation),
                            T.Resize(cfg.image_size, T.InterpolationMode.BICUBIC), T.ToTensor(), T.Normalize(MEAN, STD), T.RandomErasing(cfg.erasing)])
     loader = torch.utils.data.DataLoader(Pictures(*images(case), transform), cfg.batch_size, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=WORKERS > 0, pin_memory=GPU)
@@ -119,7 +119,7 @@ def timms(case):
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
     from timm.utils import ModelEmaV3, dispatch_clip_grad
-    cfg, model = config(case), others_model(case)
+    cfg, model = configuration(case), others_model(case)
     loader = create_loader(Pictures(*images(case)), (3, cfg.image_size, cfg.image_size), cfg.batch_size, is_training=True, re_prob=cfg.erasing, re_mode='pixel', color_jitter=cfg.brightness,
                            interpolation='bicubic', mean=MEAN, std=STD, num_workers=WORKERS, pin_memory=GPU, device=DEVICE)  # its workers stay unless told otherwise
     mixup = Mixup(cfg.mixup, cfg.cutmix, label_smoothing=cfg.label_smoothing, num_classes=CLASSES)
@@ -166,7 +166,7 @@ def measure(case):
     say = lambda **what: print(json.dumps(what), flush=True)
     before = psutil.Process().memory_info().rss / 2**20
     epoch = {'tutorial': tutorial, 'timm': timms}.get(case['variant'], ours)(case)
-    say(before=before, precision=precision(config(case), DEVICE))
+    say(before=before, precision=precision(configuration(case), DEVICE))
     for _ in sys.stdin: say(**turn(epoch, case))
     say(peak=machine.peak_memory()['gpu' if GPU else 'resident'])
 
@@ -174,7 +174,7 @@ def measure(case):
 def patches(case):
     "In a process of its own: tell the milliseconds of the patch embedding, forward and backward, in both memory formats."
     torch.set_num_threads(case['threads'])
-    cfg, found = config(case), {'contiguous_format': [], 'channels_last': []}
+    cfg, found = configuration(case), {'contiguous_format': [], 'channels_last': []}
     embed, x = classifier(cfg, CLASSES).backbone.patch_embed.to(DEVICE), torch.randn(case['batch'], 3, case['side'], case['side'], device=DEVICE)
     for _ in range(22):
         for name, times in found.items():

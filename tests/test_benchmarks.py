@@ -59,7 +59,7 @@ def test_only_sound_checkpoints_count_and_their_names_tell_the_place(tmp_path):
     (folder := tmp_path/'stages'/'phase2-0.partial').mkdir(parents=True)
     for step in (1, 2):
         (file := folder/'file').write_text(str(step))
-        file.rename(folder/f'checkpoint-phase2-00003-{step:07d}-{faults.core.file_digest(file)[:16]}.pt')
+        file.rename(folder/f'checkpoint-phase2-00003-{step:07d}-{faults.files.file_digest(file)[:16]}.pt')
     first, second = reversed(faults.sound(tmp_path))
     assert (faults.place(first), faults.place(second)) == (('phase2', 3, 1), ('phase2', 3, 2))
     faults.flip_bit(second, random.Random(0))

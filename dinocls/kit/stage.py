@@ -214,6 +214,10 @@ class Stage:
 
     def is_done(self, cfg) -> bool: return self.find(cfg)[0] is not None
 
+    def partial(self, cfg) -> Path:
+        "Return the folder in which a result is made, with what a stopped attempt left there."
+        return self._places(getattr(cfg, '_cfg', cfg))[0]
+
     def find(self, cfg) -> tuple[Result | None, str]:
         "Return the stored result that holds for a configuration, or none, and what speaks against the nearest one."
         cfg, objection = getattr(cfg, '_cfg', cfg), ''
