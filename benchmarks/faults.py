@@ -25,7 +25,8 @@ from dinocls.data import Loader
 from dinocls.model import classifier
 from dinocls.train import Divided, load_checkpoint, save_checkpoint, start, train_epoch
 
-COMMAND, MINUTES, SPAN = str(Path(sys.executable).with_name('dinocls')), 0.01, 3.0  # minutes between checkpoints; seconds within which a kill comes
+# minutes between checkpoints; seconds within which a kill comes
+COMMAND, MINUTES, SPAN = str(Path(sys.executable).with_name('dinocls')), 0.01, 3.0
 STEPS = 4  # an epoch of the preset smoke: 200 images in batches of 50
 
 
@@ -33,9 +34,11 @@ def begin(folder: Path, seed: int, epochs: int, stage: str = 'phase2'):
     "Start the training in a run folder; it tells its progress in a file, and what it says in a log."
     (progress := folder.with_suffix('.progress')).unlink(missing_ok=True)
     fields = [f'seed={seed}', 'device=cpu', f'phase2_epochs={epochs}', f'checkpoint_minutes={MINUTES}']
-    env = {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'DINOCLS_PROGRESS': str(progress)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {'OMP_NUM_THREADS': '1',
+        'PYTHONUNBUFFERED': '1', 'DINOCLS_PROGRESS': str(progress)}
     with open(folder.with_suffix('.log'), 'a') as log:
-        return subprocess.Popen([COMMAND, 'stage', stage, '-p', 'smoke', *(a for f in fields for a in ('-s', f)), '--out', str(folder)], env=env, stdout=log, stderr=log)
+        return subprocess.Popen([COMMAND, 'stage', stage, '-p', 'smoke', *(a for f in fields for a in ('-s', f)),
+                                 '--out', str(folder)], env=env, stdout=log, stderr=log)
 
 
 def said(folder: Path) -> str: return folder.with_suffix('.log').read_text()
@@ -77,14 +80,16 @@ def kill(process, folder: Path, chance: random.Random, start_up: float) -> dict 
     if process.returncode >= 0: return None
     seconds, at, found = time.perf_counter() - clock, files.read_json(progress) if progress.exists() else {}, sound(folder)
     newest = place(found[0]) if found else None
-    begun = newest[1] if newest and newest[0] == at.get('stage') else 0  # no progress is told before the first epoch that is completed after a start
+    # no progress is told before the first epoch that is completed after a start
+    begun = newest[1] if newest and newest[0] == at.get('stage') else 0
     return {'seconds': seconds, 'stage': at.get('stage', ''), 'done': max(begun, at.get('done', 0)), 'newest': newest}
 
 
 def result(folder: Path) -> dict:
     "Return the digests of the weights of both phases, and their histories but for the seconds."
     stages = {name: next((folder/'stages').glob(f'{name}-*/run.json')).parent for name in ('phase1', 'phase2')}
-    history = lambda stage: [{k: v for k, v in row.items() if k != 'seconds'} for row in files.read_json(stage/'result.json')['history']]
+    history = lambda stage: [{k: v for k, v in row.items() if k != 'seconds'}
+                             for row in files.read_json(stage/'result.json')['history']]
     return {name: (files.file_digest(stage/'weights.safetensors'), history(stage)) for name, stage in stages.items()}
 
 
@@ -100,7 +105,8 @@ def undisturbed(folder: Path, seed: int, epochs: int) -> tuple[float, float]:
 def disturbed(folder: Path, seed: int, epochs: int, kills: int, before: int, start_up: float) -> list[dict]:
     "Train in spite of at most `kills` kills, `before` of which were done in earlier rounds; return what happened at each."
     events, chance = [], random.Random(seed)
-    begin(folder, seed, epochs, 'splits').wait()  # it takes seconds and has no checkpoint: the kills are meant for the training
+    # it takes seconds and has no checkpoint: the kills are meant for the training
+    begin(folder, seed, epochs, 'splits').wait()
     while len(events) < kills:
         event = kill(begin(folder, seed, epochs), folder, chance, start_up)
         if not event: break
@@ -149,15 +155,21 @@ def main(kills: int, epochs: int, out: Path):
         while len(events) < kills:
             seed = 1 + len(rounds)
             start_up, seconds = undisturbed(whole := Path(tmp)/f'whole-{seed}', seed, epochs)
-            found = disturbed(folder := Path(tmp)/f'killed-{seed}', seed, epochs, kills - len(events), len(events), start_up)
+            found = disturbed(folder := Path(tmp)/f'killed-{seed}', seed, epochs, kills - len(events), len(events),
+                              start_up)
             events += [e | {'seed': seed} for e in found]
-            rounds.append({'seed': seed, 'kills': len(found), 'flips': sum(e['flipped'] for e in found), 'noted': said(folder).count('is damaged'), 'seconds': seconds, 'whole': result(whole), 'killed': result(folder)})
+            rounds.append({'seed': seed, 'kills': len(found), 'flips': sum(e['flipped'] for e in found),
+                           'noted': said(folder).count('is damaged'), 'seconds': seconds, 'whole': result(whole),
+                           'killed': result(folder)})
             if len(rounds) > kills: raise SystemExit('The training ends before it can be killed: give it more epochs.')
-        costs = {name: cost(name, Path(tmp)/name, **fields) for name, fields in {'book-digits': {}, 'dinov2_vits14': {'weights': 'random', 'image_size': 224}}.items()}
+        costs = {name: cost(name, Path(tmp)/name, **fields)
+                 for name, fields in {'book-digits': {},
+                                      'dinov2_vits14': {'weights': 'random', 'image_size': 224}}.items()}
     lines = report(rounds, events, costs, epochs, time.perf_counter() - clock)
     with files.replacing(out) as file: file.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     print('\n'.join(lines))
-    if not all(r['whole'] == r['killed'] for r in rounds): raise SystemExit('Not all weights and histories are identical.')
+    if not all(r['whole'] == r['killed'] for r in rounds):
+        raise SystemExit('Not all weights and histories are identical.')
 
 
 def report(rounds: list, events: list, costs: dict, epochs: int, seconds: float) -> list[str]:
@@ -176,7 +188,8 @@ def report(rounds: list, events: list, costs: dict, epochs: int, seconds: float)
     lines += ['', 'The checkpoint is the newest one when the process was killed; where a bit of it was flipped, training goes on from the one before. Progress is told once an epoch, so the steps that are done again are known up to an epoch.', '',
               '| kill | seed | after (s) | killed in | newest checkpoint | a bit flipped | goes on from | steps done again |', '|---|---|---|---|---|---|---|---|', *(row(i + 1, e) for i, e in enumerate(events)), '',
               'What a checkpoint of phase 2 costs (weights, averaged weights, best weights, both moments of AdamW; with its checksum):', '', '| backbone | MB | writing (s) | reading (s) | of the time, at one every 10 minutes |', '|---|---|---|---|---|',
-              *(f'| {name} | {c["mb"]:.0f} | {c["write"]:.2f} | {c["read"]:.2f} | {100 * c["write"] / 600:.3f} % |' for name, c in costs.items())]
+              *(f'| {name} | {c["mb"]:.0f} | {c["write"]:.2f} | {c["read"]:.2f} | {100 * c["write"] / 600:.3f} % |'
+                for name, c in costs.items())]
     return lines
 
 

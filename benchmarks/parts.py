@@ -85,11 +85,13 @@ def corruptions(cfg):
     rng, dim = np.random.default_rng(0), BACKBONES[cfg.backbone].dim
     names = [m for m in robustness.MODELS if m not in ('knn', 'linear')]
     def answers(nets, images, cfg):
-        return {'feats': rng.normal(size=(len(images), dim)).astype(np.float32), **{f'{m}_guess': rng.integers(0, 10, len(images)).astype(np.int16) for m in names},
+        return {'feats': rng.normal(size=(len(images), dim)).astype(np.float32),
+                **{f'{m}_guess': rng.integers(0, 10, len(images)).astype(np.int16) for m in names},
                 **{f'{m}_confidence': rng.random(len(images), np.float32) for m in names}}
     robustness.contenders, robustness.answers, robustness.features = lambda cfg: None, answers, lambda cfg: feats
     images = load_split(cfg, 'test')[0]
-    sets = {'clean': lambda: images, **{n: lambda n=n: robustness._severities(images, n, cfg.seed) for n in robustness.CORRUPTIONS}}
+    sets = {'clean': lambda: images, **{n: lambda n=n: robustness._severities(images, n, cfg.seed)
+                                        for n in robustness.CORRUPTIONS}}
     robustness.judge(cfg, sets, Path(cfg.out))
 
 
@@ -103,7 +105,8 @@ def inside(name: str, root: str):
         if name != 'splits': PARTS['splits'](cfg)  # what each other part finds stored
         before, clock, cpu = machine.peak_memory()['resident'], time.perf_counter(), time.process_time()
         PARTS[name](cfg)
-        print(json.dumps({'seconds': time.perf_counter() - clock, 'cpu': time.process_time() - cpu, 'mb': machine.peak_memory()['resident'], 'before': before}))
+        print(json.dumps({'seconds': time.perf_counter() - clock, 'cpu': time.process_time() - cpu,
+                          'mb': machine.peak_memory()['resident'], 'before': before}))
 
 
 def main():
@@ -116,14 +119,17 @@ def main():
     if args.inside: return inside(args.parts[0], args.root)
     rows = []
     for name in args.parts or PARTS:
-        done = subprocess.run([sys.executable, __file__, name, '--inside', '--root', args.root], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, name, '--inside', '--root', args.root], capture_output=True,
+                              text=True)
         if done.returncode: sys.exit(f'{name} failed:\n{done.stderr[-2000:]}')
         r = json.loads(done.stdout.splitlines()[-1])
         rows.append(f'| {PARTS[name].__doc__} | {r["seconds"]:.0f} | {r["cpu"]:.0f} | {r["mb"]:,}{" (more than it may)" if r["mb"] > LIMIT else ""} |')
         print(rows[-1], flush=True)
     h, v = machine.hardware(), machine.versions()
-    lines = ['# CIFAR-10 beside training', '', f'{h["cpu"]}, {h["cores"]} cores, {h["memory_gb"]} GB ({h["instructions"]}); Python {v["python"]}, torch {v["torch"]}. 45,000 training, 5,000 validation, '
-             '10,000 test images; each part in a process of its own, once.', '', '| chapter · part | seconds | CPU seconds | peak MB |', '|---|---|---|---|', *rows]
+    lines = ['# CIFAR-10 beside training', '',
+             f'{h["cpu"]}, {h["cores"]} cores, {h["memory_gb"]} GB ({h["instructions"]}); Python {v["python"]}, torch {v["torch"]}. 45,000 training, 5,000 validation, '
+             '10,000 test images; each part in a process of its own, once.', '',
+             '| chapter · part | seconds | CPU seconds | peak MB |', '|---|---|---|---|', *rows]
     if not args.parts: Path(__file__).with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 

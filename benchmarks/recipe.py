@@ -24,24 +24,33 @@ from dinocls.kit import config, fetch, files, machine
 from dinocls import stats
 from dinocls.data import load_split
 from dinocls.model import BACKBONES, infer, random_backbone
-from dinocls.pretrain import self_supervise, spread, step_flops
+from dinocls.pretrain import embedding_spread, self_supervise, step_flops
 from dinocls.probe import knn, linear_probe
 
 RECORD = fetch.shipped('book-cifar').with_name('book-cifar-recipe.json')
 EPOCHS, SPEC = 4, BACKBONES['book-cifar']
-BASE = dict(dataset='cifar10', train_size=5000, val_size=5000, test_size=0, backbone='book-cifar', image_size=32, seed=42, precision='bf16', device='cpu',
-            pretrain_method='simclr', pretrain_batch=128, pretrain_lr=1e-3, projection=(512, 64), contrast_temperature=0.2,
-            prototypes=1024, centring='sinkhorn', teacher_temperature=0.05, teacher_momentum=0.9, local_views=0, koleo=0.0, patch_loss=0.0,
-            view_zoom=(0.45, 1.0), view_aspect=0.15, view_flip=True, view_brightness=0.4, view_contrast=0.4, view_saturation=0.4, view_hue=0.0,
+BASE = dict(dataset='cifar10', train_size=5000, val_size=5000, test_size=0, backbone='book-cifar', image_size=32,
+            seed=42, precision='bf16', device='cpu',
+            pretrain_method='simclr', pretrain_batch=128, pretrain_lr=1e-3, projection=(512, 64),
+            contrast_temperature=0.2,
+            prototypes=1024, centring='sinkhorn', teacher_temperature=0.05, teacher_momentum=0.9, local_views=0,
+            koleo=0.0, patch_loss=0.0,
+            view_zoom=(0.45, 1.0), view_aspect=0.15, view_flip=True, view_brightness=0.4, view_contrast=0.4,
+            view_saturation=0.4, view_hue=0.0,
             view_grey=0.2, view_start=0.4, view_ramp=0.5)
 PLAIN = {'stem': ()}  # in place of the stem that book-cifar has
-FIRST = {'SimCLR, plain patches': PLAIN, 'SimCLR, convolutional stem': {}, 'DINO, convolutional stem': {'pretrain_method': 'dino'}}
-THEN = {'temperature 0.5': {'contrast_temperature': 0.5}, 'rate × 3': {'pretrain_lr': 3e-3}, 'hue as well': {'view_hue': 0.1},
+FIRST = {'SimCLR, plain patches': PLAIN, 'SimCLR, convolutional stem': {},
+         'DINO, convolutional stem': {'pretrain_method': 'dino'}}
+THEN = {'temperature 0.5': {'contrast_temperature': 0.5}, 'rate × 3': {'pretrain_lr': 3e-3},
+        'hue as well': {'view_hue': 0.1},
         'average at one momentum': {'teacher_rise': False}, 'batch 256': {'pretrain_batch': 256},
-        'twice the colour jitter': {'view_brightness': 0.8, 'view_contrast': 0.8, 'view_saturation': 0.8, 'view_hue': 0.2},
-        'full strength from the start': {'view_start': 1.0}, 'rate ÷ 3': {'pretrain_lr': 1e-3 / 3}, 'temperature 0.1': {'contrast_temperature': 0.1},
+        'twice the colour jitter': {'view_brightness': 0.8, 'view_contrast': 0.8, 'view_saturation': 0.8,
+                                    'view_hue': 0.2},
+        'full strength from the start': {'view_start': 1.0}, 'rate ÷ 3': {'pretrain_lr': 1e-3 / 3},
+        'temperature 0.1': {'contrast_temperature': 0.1},
         'batch 64': {'pretrain_batch': 64}, 'another seed': {'seed': 43}}
-LOCAL = {'4 local views': {'local_views': 4}, 'no teacher’s balancing': {'centring': 'mean'}}  # where there is a teacher, in place of temperatures
+# where there is a teacher, in place of temperatures
+LOCAL = {'4 local views': {'local_views': 4}, 'no teacher’s balancing': {'centring': 'mean'}}
 
 
 def configuration(changes: dict, data: str):
@@ -66,7 +75,8 @@ def parts(cfg) -> tuple[dict, dict]:
 def score(feats: dict, labels: dict) -> dict:
     "Return accuracies on validation with their Wilson intervals."
     n = len(labels['val'])
-    right = {f'knn{k}': float((knn(feats['train'], labels['train'], feats['val'], k) == labels['val']).mean()) for k in (20, 3)}
+    right = {f'knn{k}': float((knn(feats['train'], labels['train'], feats['val'], k) == labels['val']).mean())
+             for k in (20, 3)}
     right['linear'] = linear_probe(feats['train'], labels['train'], feats['val'], labels['val'])['val_accuracy']
     return {'n': n, **right, **{f'{k}_interval': stats.wilson(v, n) for k, v in right.items()}}
 
@@ -82,14 +92,18 @@ def attempt(name: str, changes: dict, data: str) -> dict:
         last.update(row)
         print(f'  {name}: epoch {row["epoch"]} of {total}, loss {row["loss"]:.3f}, {time.perf_counter() - clock:.0f} s', flush=True)
 
-    with tempfile.TemporaryDirectory() as folder: weights = self_supervise(images['train'], cfg, Path(folder), on_epoch=keep)['weights']
+    with tempfile.TemporaryDirectory() as folder:
+        weights = self_supervise(images['train'], cfg, Path(folder), on_epoch=keep)['weights']
     seconds, cpu = time.perf_counter() - clock, time.process_time() - cpu
     body = random_backbone(cfg.backbone, cfg.image_size)
     body.load_state_dict(weights)
     feats = {s: infer(body, x, cfg) for s, x in images.items()}
-    return {'name': name, 'changes': changes, 'epochs': epochs, 'steps': epochs * (len(images['train']) // cfg.pretrain_batch),
-            'tflops': step_flops(cfg, epochs * len(images['train'])) / 1e12, 'parameters': sum(p.numel() for p in body.parameters()), 'loss': last['loss'],
-            'spread': spread(feats['val']), **score(feats, labels), 'seconds': round(seconds, 1), 'cpu_seconds': round(cpu, 1)}
+    return {'name': name, 'changes': changes, 'epochs': epochs,
+            'steps': epochs * (len(images['train']) // cfg.pretrain_batch),
+            'tflops': step_flops(cfg, epochs * len(images['train'])) / 1e12,
+            'parameters': sum(p.numel() for p in body.parameters()), 'loss': last['loss'],
+            'spread': embedding_spread(feats['val']), **score(feats, labels), 'seconds': round(seconds, 1),
+            'cpu_seconds': round(cpu, 1)}
 
 
 def untrained(data: str) -> list[dict]:
@@ -101,7 +115,8 @@ def untrained(data: str) -> list[dict]:
         torch.manual_seed(cfg.seed)
         body = random_backbone(cfg.backbone, cfg.image_size)
         found[name] = {s: infer(body, x, cfg) for s, x in images.items()}
-    return [{'name': name, 'changes': {}, 'epochs': 0, 'steps': 0, 'tflops': 0.0, 'seconds': 0.0, **score(feats, labels)} for name, feats in found.items()]
+    return [{'name': name, 'changes': {}, 'epochs': 0, 'steps': 0, 'tflops': 0.0, 'seconds': 0.0,
+             **score(feats, labels)} for name, feats in found.items()]
 
 
 def worth(row: dict) -> float: return row['knn20'] + row['linear']
@@ -112,7 +127,9 @@ def tries(rows: dict):
     yield from FIRST.items()
     best = max((rows[n] for n in FIRST if n in rows), key=worth)
     dino = best['changes'].get('pretrain_method') == 'dino'
-    for name, changes in (LOCAL | {k: v for k, v in THEN.items() if 'contrast_temperature' not in v} if dino else THEN).items(): yield name, best['changes'] | changes
+    for name, changes in (LOCAL | {k: v for k, v in THEN.items() if 'contrast_temperature' not in v} if dino
+                          else THEN).items():
+        yield name, best['changes'] | changes
     gain, together = {}, {}
     for name, changes in THEN.items():
         if name in rows and 'seed' not in changes and worth(rows[name]) > worth(best) + 0.02:
@@ -128,11 +145,13 @@ def main():
     parser.add_argument('--record', type=Path, default=RECORD)
     args, began = parser.parse_args(), time.monotonic()
     torch.set_num_threads(1)
-    core_facts = {'versions': machine.versions(), 'hardware': machine.hardware(), 'threads': 1, 'seed': BASE['seed'], 'base': {k: v for k, v in BASE.items() if k != 'device'}, 'base_epochs': EPOCHS}
+    core_facts = {'versions': machine.versions(), 'hardware': machine.hardware(), 'threads': 1, 'seed': BASE['seed'],
+                  'base': {k: v for k, v in BASE.items() if k != 'device'}, 'base_epochs': EPOCHS}
     rows = {}
     if args.record.exists():
         known = files.read_json(args.record)
-        if files.digest(known['base']) == files.digest(files.plain(core_facts['base'])) and known['base_epochs'] == EPOCHS: rows = {r['name']: r for r in known['rows']}
+        if files.digest(known['base']) == files.digest(files.plain(core_facts['base'])) and known['base_epochs'] == EPOCHS:
+            rows = {r['name']: r for r in known['rows']}
 
     def write(): files.write_json(args.record, core_facts | {'rows': list(rows.values())})
 
@@ -142,7 +161,8 @@ def main():
         rows[name] = attempt(name, changes, args.data)
         write()
         r = rows[name]
-        print(f'{name}: 20-NN {100 * r["knn20"]:.2f} %, linear {100 * r["linear"]:.2f} %, {r["seconds"]:.0f} s', flush=True)
+        print(f'{name}: 20-NN {100 * r["knn20"]:.2f} %, linear {100 * r["linear"]:.2f} %, {r["seconds"]:.0f} s',
+              flush=True)
     if 'raw pixels' not in rows:
         rows |= {r['name']: r for r in untrained(args.data)}
         write()
