@@ -5,6 +5,7 @@ code that was reached, and the results of other stages that were used. A stored 
 were; one whose code or data have changed is computed anew, and that is said.
 """
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -251,26 +252,29 @@ class Stage:
             return found
         if why: self._say(f'{self.name} is computed anew: {why}.')
         if not (cfg.folder/'run.json').exists(): open_run(cfg)
-        partial, lock = self._places(cfg)
+        partial, locks = self._places(cfg)
         partial.parent.mkdir(parents=True, exist_ok=True)
         if machine.rank(): return self._assist(cfg, partial)
-        with FileLock(lock): return self.find(cfg)[0] or self._compute(cfg, partial)
+        with contextlib.ExitStack() as held:
+            for lock in locks: held.enter_context(FileLock(lock))
+            return self.find(cfg)[0] or self._compute(cfg, partial)
 
     def _say(self, sentence: str):
         "Say something once per process."
         if sentence not in self._said and not machine.rank(): print(f'Note: {sentence}')
         self._said.add(sentence)
 
-    def _places(self, cfg: Config) -> tuple[Path, Path]:
-        """Return where a result is made, which all fields and the code decide, and what locks it: the fields that the
-        stage read before, so that configurations with one result wait for each other."""
+    def _places(self, cfg: Config) -> tuple[Path, list]:
+        """Return where a result is made, which all fields and the code decide, and what locks it: this place, and, so
+        that configurations with one result wait for each other, the fields that the stage read before."""
         fields = {f: plain(getattr(cfg, f)) for f in FIELDS if f not in WHERE}
         before = next((read_json(f/'run.json')['fields'] for f in (cfg.folder/'stages').glob(f'{self.name}-*')
                        if is_whole(f)), fields)
         made = digest([fields, code_digests(self), content_of(cfg, before)])[:12]
-        locked = digest({f: fields[f] for f in before if f in fields})[:12]
+        likely = digest({f: fields[f] for f in before if f in fields})[:12]
         stages = cfg.folder/'stages'
-        return stages/f'{self.name}-{made}.partial', stages/f'{self.name}-{locked}.lock'
+        locks = [stages/f'{self.name}-{key}.lock' for key in dict.fromkeys((likely, made))]
+        return stages/f'{self.name}-{made}.partial', locks
 
     def _compute(self, cfg: Config, partial: Path) -> Result:
         "Compute in a folder of its own, and rename that when it is complete."
