@@ -3,6 +3,7 @@ import subprocess
 import sys
 import zipfile
 
+import pytest
 from conftest import ROOT, environment
 
 BLOCKED = '''
@@ -20,8 +21,8 @@ sys.meta_path.insert(0, Block())
 USE = BLOCKED + '''
 import importlib, pkgutil, dinocls
 assert dinocls.__file__.startswith(sys.argv[1]), dinocls.__file__
-for module in pkgutil.iter_modules(dinocls.__path__):
-    if not module.name.startswith('_'): importlib.import_module(f'dinocls.{module.name}')
+for module in pkgutil.walk_packages(dinocls.__path__, 'dinocls.'):
+    if '._' not in module.name: importlib.import_module(module.name)
 from dinocls.kit.config import preset
 from dinocls.kit.figures import subplots
 from dinocls.phase1 import phase1_logits
@@ -32,19 +33,26 @@ print('used')
 '''
 
 
+@pytest.mark.slow
 def test_wheel_works_without_nbdev_and_jupyter(tmp_path):
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', tmp_path/'dist', ROOT], check=True, capture_output=True)
+    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', tmp_path/'dist', ROOT], check=True,
+                   capture_output=True)
     wheel = next((tmp_path/'dist').glob('dinocls-*.whl'))
     names = zipfile.ZipFile(wheel).namelist()
-    assert {'dinocls/book.mplstyle', 'dinocls/weights/book-digits.safetensors', 'dinocls/weights/book-digits.json'} <= {*names} and not [n for n in names if n.startswith(('nbs/', 'outputs/', 'tests/'))]
+    assert ({'dinocls/book.mplstyle', 'dinocls/weights/book-digits.safetensors',
+             'dinocls/weights/book-digits.json'} <= {*names}
+             and not [n for n in names if n.startswith(('nbs/', 'outputs/', 'tests/'))])
     subprocess.run([*pip, 'install', '--no-deps', '--target', tmp_path/'site', wheel], check=True, capture_output=True)
-    result = subprocess.run([sys.executable, '-c', USE, str(tmp_path/'site')], cwd=tmp_path, capture_output=True, text=True, env=environment(PYTHONPATH=tmp_path/'site'))
+    result = subprocess.run([sys.executable, '-c', USE, str(tmp_path/'site')], cwd=tmp_path, capture_output=True,
+                            text=True, env=environment(PYTHONPATH=tmp_path/'site'))
     assert result.stdout.endswith('used\n'), result.stderr[-2000:]
     assert (tmp_path/'run').is_dir()
 
 
 def test_executing_without_papermill_says_what_to_install(tmp_path):
-    code = BLOCKED + "sys.argv = ['dinocls', 'run', '-p', 'smoke', '--out', sys.argv[1]]\nfrom dinocls.book import main\nmain()"
-    result = subprocess.run([sys.executable, '-c', code, str(tmp_path/'run')], cwd=ROOT, capture_output=True, text=True, env=environment())
-    assert result.returncode == 2 and "pip install 'dinocls[book]'" in result.stderr and 'Traceback' not in result.stderr
+    code = (BLOCKED + "sys.argv = ['dinocls', 'run', '-p', 'smoke', '--out', sys.argv[1]]\nfrom dinocls.app.cli import main\nmain()")
+    result = subprocess.run([sys.executable, '-c', code, str(tmp_path/'run')], cwd=ROOT, capture_output=True,
+                            text=True, env=environment())
+    assert (result.returncode == 2 and "pip install 'dinocls[book]'" in result.stderr
+            and 'Traceback' not in result.stderr)
