@@ -36,7 +36,7 @@ pytest.importorskip('fastapi', reason="the service is an extra: pip install 'din
 httpx = pytest.importorskip('httpx')
 from starlette.testclient import TestClient  # noqa: E402
 
-from dinocls.app.service import Limits, Refusal, create_app, in_loop  # noqa: E402
+from dinocls.app.service import Limits, Refusal, create_app  # noqa: E402
 
 CFG, CLASSES = config.preset('smoke'), [str(i) for i in range(10)]
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
@@ -77,7 +77,7 @@ def requests(app, bodies, **kwargs):
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url='http://service', timeout=60) as client:
             return await asyncio.gather(*(client.post('/predict', content=b, headers=KIND, **kwargs) for b in bodies))
-    return in_loop(all_of_them())
+    return asyncio.run(all_of_them())
 
 
 def sentence(response, status=None):
@@ -234,7 +234,7 @@ def encoded_header_only() -> list[bytes]:
     return [bytes(gif), bytes(bmp), bytes(jpeg), b'P6 30000 30000 255\n' + bytes(99)]
 
 
-@pytest.mark.parametrize('options, parts', [({'max_byte': 1}, ["did you mean 'max_bytes'"]), ({'timeout': 0}, ['timeout', 'above 0']), ({'max_queue': 5}, ['max_count']), ({'readers': 'x'}, ['not a number'])])
+@pytest.mark.parametrize('options, parts', [({'max_byte': 1}, ["did you mean 'max_bytes'"]), ({'timeout': 0}, ['timeout', 'above 0']), ({'max_queue': 5}, ['max_count']), ({'readers': 'x'}, ['not a whole number'])])
 def test_limits_that_make_no_sense(model, options, parts):
     with pytest.raises(UserError) as e: create_app(model, page=False, **options)
     for part in parts: assert part in str(e.value)
@@ -325,7 +325,7 @@ def test_hostile_pictures(model):
             first = await many(cases[:250])
             before = state()
             return first + await many(cases[250:]), before, state()
-    got, before, after = in_loop(send_all())
+    got, before, after = asyncio.run(send_all())
     assert len(got) == 1000 and {r.status_code for r in got} <= {200, 413, 422}
     for r in got: sentence(r) if r.status_code != 200 else None
     assert 100 < sum(r.status_code == 200 for r in got) < 900
