@@ -1,5 +1,4 @@
 "A page for the browser: a picture in, the answer out, what makes it worse, and where the model looks."
-import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -65,9 +64,10 @@ def create_page(service: Service):
     names = ', '.join(model.classes[:12]) + (', …' if len(model.classes) > 12 else '')
     shown = dict(interactive=False, buttons=[], height=240, min_width=140, format='png', elem_classes='shown')
     with gr.Blocks(title='What is in this picture?', analytics_enabled=False, delete_cache=(60, 600)) as page:
-        gr.Markdown(f'# What is in this picture?\nDrop one here, and a vision transformer (`{model.config["backbone"]}`) '
-                    f'says which of {len(model.classes)} classes it shows: {names}. It knows nothing else: a picture of '
-                    'something else gets one of these classes all the same.')
+        gr.Markdown('# What is in this picture?\n'
+                    f'Drop one here, and a vision transformer (`{model.config["backbone"]}`) says which of '
+                    f'{len(model.classes)} classes it shows: {names}. It knows nothing else: a picture of something '
+                    'else gets one of these classes all the same.')
         with gr.Row():
             picture = gr.Image(label='Picture', type='filepath', image_mode=None, sources=['upload', 'clipboard'],
                                format='png', buttons=[], height=280)
@@ -83,7 +83,7 @@ def create_page(service: Service):
         gr.on([picture.change, kind.change, severity.change], looker(service), [picture, kind, severity],
               [message, label, seen, looked], show_progress='hidden', trigger_mode='always_last',
               concurrency_limit=service.limits.max_batch, api_visibility='private')
-    picture.preprocess = lambda payload: payload and payload.path  # undecoded: `read_picture` decodes, within the limits
+    picture.preprocess = lambda payload: payload and payload.path  # undecoded: `Service.read` decodes, within limits
     return page
 
 
@@ -96,13 +96,8 @@ def _examples(model, picture):
     with tempfile.TemporaryDirectory() as folder:  # Gradio keeps copies
         files = [Path(folder)/f'{i}.png' for i in range(len(pictures))]
         for file, pixels in zip(files, pictures): file.write_bytes(as_png(pixels))
-        strip = gr.Dataset(components=[picture], samples=[[str(file)] for file in files], type='index', label='Examples')
+        strip = gr.Dataset(components=[picture], samples=[[str(f)] for f in files], type='index', label='Examples')
     strip.click(lambda i: pictures[i], strip, picture, show_progress='hidden', api_visibility='private')
-
-
-def has_gradio() -> bool:
-    "Tell whether Gradio is installed."
-    return importlib.util.find_spec('gradio') is not None
 
 
 def add_page(app, service: Service):

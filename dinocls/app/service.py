@@ -15,8 +15,8 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
@@ -175,38 +175,26 @@ async def files(request, most: int, limits: Limits) -> list[bytes]:
     return found
 
 
-class Meters:
-    "What is counted of a service, in a registry of its own, so that two services in one process do not meet."
-    def __init__(self):
+class Service:
+    "A model behind limits, and what is counted of it."
+    def __init__(self, model, limits: Limits):
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-        here = {'registry': CollectorRegistry()}
-        self.registry, sizes = here['registry'], [2**i for i in range(9)]
+        self.model, self.limits, self.memory = model, limits, 0  # bytes of all bodies
+        self.registry, sizes = CollectorRegistry(), [2**i for i in range(9)]  # two services do not meet
+        here = {'registry': self.registry}
         self.requests = Counter('dinocls_requests', 'Requests answered', ['path', 'status'], **here)
         self.seconds = Histogram('dinocls_request_seconds', 'Seconds from a request to its answer', ['path'], **here)
         self.batches = Histogram('dinocls_batch_pictures', 'Pictures in a batch', buckets=sizes, **here)
         self.work = Histogram('dinocls_batch_seconds', 'Seconds that the model took for a batch', **here)
-        self.held = Gauge('dinocls_held_pictures', 'Pictures in the service', **here)
+        self.readers = ThreadPoolExecutor(limits.readers, 'dinocls-reader')
+        self.batcher = Batcher(model.answers, limits.max_batch, limits.max_queue, limits.wait_ms / 1000, self.count)
+        Gauge('dinocls_held_pictures', 'Pictures in the service', **here).set_function(lambda: self.batcher.held)
+        self.example = model.answers([np.full((*model.native, 3), 128, np.uint8)])[0]  # the first call, a slow one
 
-    def batch(self, pictures: int, seconds: float):
+    def count(self, pictures: int, seconds: float):
         "Count a batch."
         self.batches.observe(pictures)
         self.work.observe(seconds)
-
-
-def too_large(limits: Limits) -> Refusal:
-    "Return the refusal of a body."
-    return Refusal(413, f'The body has more than {limits.max_bytes:,} bytes, which is what is accepted: send less.')
-
-
-class Service:
-    "A model behind limits."
-    def __init__(self, model, limits: Limits):
-        self.model, self.limits, self.meters, self.memory = model, limits, Meters(), 0  # bytes of all bodies
-        self.readers = ThreadPoolExecutor(limits.readers, 'dinocls-reader')
-        self.batcher = Batcher(model.answers, limits.max_batch, limits.max_queue, limits.wait_ms / 1000,
-                               self.meters.batch)
-        self.meters.held.set_function(lambda: self.batcher.held)
-        self.example = model.answers([np.full((*model.native, 3), 128, np.uint8)])[0]  # the first call, a slow one
 
     async def read(self, data: bytes) -> np.ndarray:
         "Decode a picture."
@@ -230,11 +218,19 @@ class Service:
             raise Refusal(504, f'There was no answer within {self.limits.timeout:g} s: ask again later.') from None
 
     @contextlib.asynccontextmanager
-    async def body(self, receive):
+    async def body(self, headers, receive):
         "Read a request's body, counted and not believed, and keep it for the length of a block. Raise `Refusal`."
         limits, until, data, more = self.limits, time.monotonic() + self.limits.timeout, bytearray(), True
+        stated = headers.get('content-length', '')
+        stated = int(stated[:19]) if stated.isdecimal() else 0
         try:
-            while more:
+            while True:
+                if max(stated, len(data)) > limits.max_bytes:
+                    many = f'{limits.max_bytes:,} bytes'
+                    raise Refusal(413, f'The body has more than {many}, which is what is accepted: send less.')
+                if self.memory > limits.max_memory:
+                    raise Refusal(429, 'The service is full: ask again in 1 s.', {'Retry-After': '1'})
+                if not more: break
                 try: message = await asyncio.wait_for(receive(), max(0, until - time.monotonic()))
                 except asyncio.TimeoutError:
                     late = f'The body did not arrive within {limits.timeout:g} s: send a smaller picture.'
@@ -243,9 +239,6 @@ class Service:
                     raise Refusal(400, 'The connection ended before the body was there.')
                 data += (part := message.get('body', b''))
                 self.memory += len(part)
-                if len(data) > limits.max_bytes: raise too_large(limits)
-                if self.memory > limits.max_memory:
-                    raise Refusal(429, 'The service is full: ask again in 1 s.', {'Retry-After': '1'})
                 more = message.get('more_body')
             yield bytes(data)
         finally: self.memory -= len(data)
@@ -309,26 +302,22 @@ class Gate:
     def __init__(self, app, service: Service, key: str = '', page: bool = False):
         self.app, self.service, self.key, self.page = app, service, key, page
 
-    def check(self, scope):
-        "Raise `Refusal` for what can be refused before the body is read."
-        from starlette.datastructures import Headers
-        path, headers, limits = scope['path'], Headers(scope=scope), self.service.limits
+    def check(self, path: str, method: str, headers):
+        "Raise `Refusal` for an address that there is not, another method, or a wrong key."
         if path not in API and not (self.page and is_page(path)):
             raise Refusal(404, 'There is nothing at this address: /openapi.json lists what there is.')
-        if API.get(path, scope['method']) != scope['method']:
+        if API.get(path, method) != method:
             raise Refusal(405, f'{path} answers {API[path]} only.', {'Allow': API[path]})
         wrong = self.key and not hmac.compare_digest(given_key(headers).encode(), self.key.encode())
         if wrong and path not in WITHOUT_KEY:
             raise Refusal(401, 'The key is missing or wrong: send it as X-API-Key, as bearer token, or as the password '
                                'of HTTP Basic.', {'WWW-Authenticate': 'Basic realm="dinocls", charset="UTF-8"'})
-        length = headers.get('content-length', '')
-        if length.isdecimal() and (len(length) > 18 or int(length) > limits.max_bytes): raise too_large(limits)
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)
-        from starlette.datastructures import MutableHeaders
+        from starlette.datastructures import Headers, MutableHeaders
         from starlette.responses import JSONResponse
-        service, path, began, status = self.service, scope['path'], time.perf_counter(), 0
+        service, path, headers, began, status = self.service, scope['path'], Headers(scope=scope), time.monotonic(), 0
         kind = path if path in API else 'page' if is_page(path) else 'other'
 
         async def marked(message):
@@ -336,16 +325,16 @@ class Gate:
             if message['type'] == 'http.response.start':
                 if path not in API and message['status'] >= 500:  # its events bring their failures in other ways
                     raise Refusal(400, 'The page cannot do that.')
-                status, headers = message['status'], MutableHeaders(scope=message)
-                headers['X-Content-Type-Options'] = 'nosniff'
-                headers.update({'Cache-Control': 'no-store'} if path in API else {'Content-Security-Policy': OFFLINE})
+                status, out = message['status'], MutableHeaders(scope=message)
+                out['X-Content-Type-Options'] = 'nosniff'
+                out.update({'Cache-Control': 'no-store'} if path in API else {'Content-Security-Policy': OFFLINE})
             await send(message)
 
         try:
-            self.check(scope)
+            self.check(path, scope['method'], headers)
             place = service.batcher.hold() if API.get(path) == 'POST' else contextlib.nullcontext()
             with place:
-                async with service.body(receive) as body:
+                async with service.body(headers, receive) as body:
                     if path == EVENT: body = checked(body)
                     left = iter([{'type': 'http.request', 'body': body, 'more_body': False}])
                     async def again(): return next(left, None) or await receive()
@@ -353,8 +342,8 @@ class Gate:
         except Refusal as e:
             if not status: await JSONResponse({'detail': str(e)}, e.status, e.headers)(scope, receive, marked)
         finally:
-            service.meters.requests.labels(kind, status or 500).inc()
-            service.meters.seconds.labels(kind).observe(time.perf_counter() - began)
+            service.requests.labels(kind, status or 500).inc()
+            service.seconds.labels(kind).observe(time.monotonic() - began)
 
 
 class Answer(BaseModel):
@@ -390,12 +379,13 @@ def brought(kind: type[BaseModel], *media: str) -> dict:
     return {'requestBody': {'required': True, 'content': content}}
 
 
-def add_predictions(app, service: Service):
-    "Add the endpoints that classify."
-    from fastapi import Request
-    limits = service.limits
+def add_endpoints(app, service: Service):
+    "Add what the API answers."
+    from fastapi import Request, Response
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    model, limits = service.model, service.limits
     one = create_model('Picture', file=bytes)
-    many = create_model('Pictures', files=Annotated[list[bytes], Field(max_length=limits.max_count)])
+    many = create_model('Pictures', files=(list[bytes], Field(max_length=limits.max_count)))
     shown = lambda example: REFUSED | {200: {'content': {'application/json': {'example': example}}}}
 
     @app.post('/predict', summary='Classify a picture', responses=shown(service.example),
@@ -414,13 +404,6 @@ def add_predictions(app, service: Service):
         with service.batcher.hold(len(found) - 1):
             return await service.in_time(asyncio.gather(*map(service.attempt, found)))
 
-
-def add_status(app, service: Service):
-    "Add the endpoints that tell of the service."
-    from fastapi import Response
-    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-    model = service.model
-
     @app.get('/healthz', summary='Is the process alive?')
     async def healthz() -> dict[str, str]: return {'status': 'alive'}
 
@@ -437,7 +420,7 @@ def add_status(app, service: Service):
                 'limits': service.limits.model_dump()}
 
     @app.get('/metrics', summary='Counters for Prometheus', response_class=Response)
-    async def metrics(): return Response(generate_latest(service.meters.registry), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(): return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @contextlib.contextmanager
@@ -457,7 +440,7 @@ def create_app(model,  # a `ProductionModel`
     "Return the service of a model as a FastAPI app. Raise `UserError` for a missing library or a wrong limit."
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse
-    from .page import add_page, has_gradio
+    from .page import add_page
     service = Service(model, limits_from(limits))
     warnings.filterwarnings('ignore', module=r'PIL\.')  # each hostile picture would leave one behind, for ever
 
@@ -471,9 +454,8 @@ def create_app(model,  # a `ProductionModel`
     app = FastAPI(title='dinocls', version=version(), description=what, lifespan=life,
                   docs_url=None, redoc_url=None)  # those pages load their scripts from another server
     app.state.service, app.state.page = service, None
-    add_predictions(app, service)
-    add_status(app, service)
-    if page := page and has_gradio(): add_page(app, service)
+    add_endpoints(app, service)
+    if page := page and find_spec('gradio') is not None: add_page(app, service)
     app.add_middleware(Gate, service=service, key=api_key, page=page)
 
     @app.exception_handler(Exception)
