@@ -1,10 +1,14 @@
-"""What gathering concurrent requests into batches buys: the service of the book, beside the same service that asks its model one by one, and beside bare calls of `predict`.
+"""What gathering concurrent requests into batches buys.
+
+The service of the book stands beside the same service that asks its model one by one, and beside bare calls of
+`predict`.
 
     python benchmarks/service.py                 # writes service.md beside this file
     python benchmarks/service.py --model small --seconds 1 --rounds 1 --no-write
 
-The two services and the bare calls are processes of their own; the clients are this one, and speak HTTP over kept-alive connections. In each round they
-take turns at each number of clients, so that a ratio compares neighbours in time. Weights are random where the book ships none: what is measured does not depend on them.
+The two services and the bare calls are processes of their own; the clients are this one, and speak HTTP over kept-alive
+connections. In each round they take turns at each number of clients, so that a ratio compares neighbours in time.
+Weights are random where the book ships none: what is measured does not depend on them.
 """
 import argparse
 import asyncio
@@ -24,7 +28,8 @@ import numpy as np
 CLIENTS = (1, 4, 8, 16, 32, 64)
 WAYS = {'batches': 32, 'one by one': 1}  # the largest batch
 MODELS = {'small': ('book-digits at 32 px', dict(name='quick'), 32),
-          'large': ('DINOv2 ViT-S/14 at 224 px', dict(name='reference', backbone='dinov2_vits14', weights='random', precision='auto'), 224)}
+          'large': ('DINOv2 ViT-S/14 at 224 px',
+                    dict(name='reference', backbone='dinov2_vits14', weights='random', precision='auto'), 224)}
 
 WORKER = '''
 import json, sys, time
@@ -51,7 +56,8 @@ def pictures(side: int, n: int = 64) -> list[bytes]:
     from PIL import Image
     rng, made = np.random.default_rng(0), []
     for _ in range(n):
-        image = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
+        image = noise.resize((side, side), Image.Resampling.BICUBIC)
         image.save(file := io.BytesIO(), 'PNG' if side < 100 else 'JPEG', quality=90)
         made.append(file.getvalue())
     return made
@@ -59,11 +65,12 @@ def pictures(side: int, n: int = 64) -> list[bytes]:
 
 def save(folder: Path, side: int, name: str, **changes) -> Path:
     "Write a production folder of an untrained head on the backbone."
-    from dinocls.kit import config, machine
+    from dinocls.kit import config
     from dinocls.inference import save_production
     from dinocls.model import classifier
     cfg = config.preset(name, **changes)
-    return save_production(folder, classifier(cfg, 10).eval(), cfg, [str(i) for i in range(10)], {}, native=(side, side))
+    return save_production(folder, classifier(cfg, 10).eval(), cfg, [str(i) for i in range(10)], {},
+                           native=(side, side))
 
 
 def threads() -> int:
@@ -74,7 +81,8 @@ def threads() -> int:
 
 def start(folder: Path, way: str, file: Path) -> tuple:  # process, port or 0
     "Start a service, or a process that calls `predict`, and wait until it is ready."
-    process = subprocess.Popen([sys.executable, '-c', WORKER, str(folder), way, str(WAYS.get(way, 0)), str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, '-c', WORKER, str(folder), way, str(WAYS.get(way, 0)), str(file)],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                env=os.environ | {'OMP_NUM_THREADS': str(threads())})
     line = process.stdout.readline()
     return process, int(line.split()[0].rsplit(':', 1)[1]) if way in WAYS else 0
@@ -85,7 +93,8 @@ async def client(port: int, files, until: float, times: list):
     reader, writer = await asyncio.open_connection('127.0.0.1', port)
     for data in files:
         if (began := time.perf_counter()) > until: break
-        writer.write(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n' % len(data) + data)
+        writer.write(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n'
+                     b'Content-Length: %d\r\n\r\n' % len(data) + data)
         top = (await reader.readuntil(b'\r\n\r\n')).lower()
         await reader.readexactly(int(top.partition(b'content-length:')[2].split()[0]))
         assert top.startswith(b'http/1.1 200'), top
@@ -96,7 +105,8 @@ async def client(port: int, files, until: float, times: list):
 async def load(port: int, files: list, clients: int, seconds: float) -> tuple[float, float]:  # answers/s, p99 in ms
     "Let clients ask for some seconds."
     times, began = [], time.perf_counter()
-    await asyncio.gather(*(client(port, itertools.islice(itertools.cycle(files), i, None), began + seconds, times) for i in range(clients)))
+    await asyncio.gather(*(client(port, itertools.islice(itertools.cycle(files), i, None), began + seconds, times)
+                           for i in range(clients)))
     return len(times) / (time.perf_counter() - began), 1000 * float(np.percentile(times, 99))
 
 
@@ -119,7 +129,8 @@ def measure(kind: str, seconds: float, rounds: int) -> dict:
             for _ in range(rounds):
                 found.setdefault('predict', []).append(bare())
                 for n in CLIENTS:
-                    for way in WAYS: found.setdefault((way, n), []).append(asyncio.run(load(workers[way][1], files, n, seconds)))
+                    for way in WAYS:
+                        found.setdefault((way, n), []).append(asyncio.run(load(workers[way][1], files, n, seconds)))
         finally:
             for process, _ in workers.values(): process.kill(), process.wait()
     return found
@@ -130,12 +141,17 @@ def table(kind: str, found: dict) -> str:
     number = lambda v: f'{v:,.0f}' if v >= 20 else f'{v:.1f}'
     rates = lambda key: [rate for rate, _ in found[key]]
     p99 = lambda key: median(late for _, late in found[key])
-    lines = [f'## {MODELS[kind][0]}', '', f'Bare calls of `predict`, one after the other, without a service: {number(median(rates("predict")))} answers/s, p99 {p99("predict"):,.0f} ms.', '',
-             '| clients | batches, answers/s | one by one, answers/s | times as many | times as many as bare calls | batches, p99 (ms) | one by one, p99 (ms) |', '|---|---|---|---|---|---|---|']
+    bare = f'{number(median(rates("predict")))} answers/s, p99 {p99("predict"):,.0f} ms'
+    lines = [f'## {MODELS[kind][0]}', '',
+             f'Bare calls of `predict`, one after the other, without a service: {bare}.', '',
+             '| clients | batches, answers/s | one by one, answers/s | times as many | times as many as bare calls '
+             '| batches, p99 (ms) | one by one, p99 (ms) |', '|---|---|---|---|---|---|---|']
     for n in CLIENTS:
         a, b = ('batches', n), ('one by one', n)
         over, bare = ([x / y for x, y in zip(rates(a), other)] for other in (rates(b), rates('predict')))
-        lines.append(f'| {n} | {number(median(rates(a)))} | {number(median(rates(b)))} | **{median(over):.2f}** ({min(over):.2f} – {max(over):.2f}) | {median(bare):.2f} | {p99(a):,.0f} | {p99(b):,.0f} |')
+        lines.append(f'| {n} | {number(median(rates(a)))} | {number(median(rates(b)))} '
+                     f'| **{median(over):.2f}** ({min(over):.2f} – {max(over):.2f}) | {median(bare):.2f} '
+                     f'| {p99(a):,.0f} | {p99(b):,.0f} |')
     return '\n'.join(lines)
 
 
@@ -156,12 +172,18 @@ def main():
         parts[-1] = parts[-1].replace('\n\n', f'\n\n{precision(cfg, device(cfg))} on {device(cfg)}. ', 1)
         print(parts[-1], flush=True)
     found, versions = machine.hardware(), machine.versions()
+    where = f'{found["cpu"]}, {found["cores"]} cores{", " + found["gpu"] if "gpu" in found else ""}'
     head = ['# The service under load', '',
-            f'`python benchmarks/service.py`: {found["cpu"]}, {found["cores"]} cores{", " + found["gpu"] if "gpu" in found else ""}, torch {versions["torch"]}, {threads()} thread{"s" * (threads() > 1)} for the model; '
-            f'{given.rounds} rounds of {given.seconds:g} s each. Medians over the rounds; ratios are taken within a round, their range in brackets. '
-            'Both services are the same code, but for the largest batch: 32 and 1. The clients are a process on the same machine, and each waits for its answer before it asks again. '
-            'Batches save what a call costs beside the arithmetic: much where the model is small, nothing where one picture already keeps the processor busy.', '']
-    if not given.no_write: Path(__file__).with_suffix('.md').write_text('\n'.join(head) + '\n' + '\n\n'.join(parts) + '\n', encoding='utf-8')
+            f'`python benchmarks/service.py`: {where}, torch {versions["torch"]}, '
+            f'{threads()} thread{"s" * (threads() > 1)} for the model; '
+            f'{given.rounds} rounds of {given.seconds:g} s each. Medians over the rounds; ratios are taken within a '
+            'round, their range in brackets. Both services are the same code, but for the largest batch: 32 and 1. The '
+            'clients are a process on the same machine, and each waits for its answer before it asks again. Batches '
+            'save what a call costs beside the arithmetic: much where the model is small, nothing where one picture '
+            'already keeps the processor busy.', '']
+    if not given.no_write:
+        Path(__file__).with_suffix('.md').write_text('\n'.join(head) + '\n' + '\n\n'.join(parts) + '\n',
+                                                     encoding='utf-8')
 
 
 if __name__ == '__main__': main()

@@ -1,7 +1,6 @@
 """A small HTTP service answers many at once: it gathers their pictures into batches, refuses what is too much before it
 costs anything, and gives every mistake one sentence."""
 import asyncio
-import atexit
 import base64
 import contextlib
 import functools
@@ -11,41 +10,51 @@ import io
 import json
 import logging
 import math
-import shutil
 import socket
 import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
 
 from ..kit.files import UserError, nearest, reason
 from ..kit.machine import cores, version
 from ..kit.pictures import FORMATS, to_pixels
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(BaseModel, frozen=True, extra='forbid'):
     "What the service takes; what is more is refused."
-    max_bytes: int = 32 * 2**20  # of the body of a request
-    max_pixels: int = 50_000_000  # of a picture, as its header says
-    max_count: int = 64  # pictures in a request
-    max_queue: int = 256  # pictures in the service at once: on their way in, being decoded, waiting or with the model
-    max_memory: int = 256 * 2**20  # bytes of all bodies at once
-    max_batch: int = 32  # pictures that the model sees at once
-    wait_ms: float = 2.0  # milliseconds that a batch waits for company while there is some to be expected
-    timeout: float = 30.0  # seconds in which a body has to arrive, and then an answer to be found
-    readers: int = min(4, cores())  # threads that decode
+    max_bytes: PositiveInt = 32 * 2**20  # of the body of a request
+    max_pixels: PositiveInt = 50_000_000  # of a picture, as its header says
+    max_count: PositiveInt = 64  # pictures in a request
+    max_queue: PositiveInt = 256  # pictures in the service: on their way in, being decoded, waiting or with the model
+    max_memory: PositiveInt = 256 * 2**20  # bytes of all bodies at once
+    max_batch: PositiveInt = 32  # pictures that the model sees at once
+    wait_ms: PositiveFloat = 2.0  # milliseconds that a batch waits for company while there is some to be expected
+    timeout: PositiveFloat = 30.0  # seconds in which a body has to arrive, and then an answer to be found
+    readers: PositiveInt = min(4, cores())  # threads that decode
 
-    def __post_init__(self):
-        for f in fields(self):
-            if not getattr(self, f.name) > 0: raise UserError(f'{f.name}={getattr(self, f.name)} of the service: it must be above 0.')
+    @model_validator(mode='after')
+    def _answerable(self):
         for less, more in (('max_count', 'max_queue'), ('max_bytes', 'max_memory')):
             a, b = getattr(self, less), getattr(self, more)
-            if a > b: raise UserError(f'{less}={a} of the service is more than {more}={b}: such a request could never be answered.')
+            if a > b: raise UserError(f'{less}={a} of the service is more than {more}={b}: such a request could never '
+                                      'be answered.')
+        return self
+
+
+def limits_from(given: dict) -> Limits:
+    "Return limits with single ones changed, by numbers or texts. Raise `UserError` for unknown ones and wrong values."
+    try: return Limits(**given)
+    except ValidationError as e: wrong = e.errors()[0]
+    name, kind, known = wrong['loc'][0], wrong['type'], Limits.model_fields
+    if kind == 'extra_forbidden': raise UserError(f'The service has no limit {name!r}: {nearest(name, known)}')
+    must = 'it must be above 0' if kind == 'greater_than' else f'it is not a {"whole " * kind.startswith("int")}number'
+    raise UserError(f'{name}={wrong["input"]} of the service: {must}.')
 
 
 class Refusal(Exception):
@@ -55,26 +64,31 @@ class Refusal(Exception):
         self.status, self.headers = status, headers or {}
 
 
-def claimed_pixels(data: bytes) -> float:
-    "Return how many pixels a picture claims to have, without decoding it; 0 if it is no picture, infinity if Pillow itself refuses."
+def read_picture(data: bytes, native: tuple, max_pixels: int) -> np.ndarray:  # uint8 (height, width, 3)
+    "Decode a picture to the native size. Raise `Refusal` if it claims too many pixels (413) or is none (422)."
     from PIL import Image
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image: return image.width * image.height
-    except Image.DecompressionBombError: return math.inf
-    except Exception: return 0  # `to_pixels` says what is wrong
-
-
-def read_picture(data: bytes, native: tuple, max_pixels: int) -> np.ndarray:  # uint8 (height, width, 3)
-    "Decode a picture to the native size. Raise `Refusal` if it is too large (413) or none (422)."
-    claimed = claimed_pixels(data)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image: claimed = image.width * image.height
+    except Image.DecompressionBombError: claimed = math.inf
+    except Exception: claimed = 0  # `to_pixels` says what is wrong
     if claimed > max_pixels:
-        raise Refusal(413, f'The picture has {"far too many" if claimed == math.inf else f"{claimed:,}"} pixels, and {max_pixels:,} are accepted: send it smaller.')
+        many = 'far too many' if claimed == math.inf else f'{claimed:,}'
+        raise Refusal(413, f'The picture has {many} pixels, and {max_pixels:,} are accepted: send it smaller.')
     try: return to_pixels(data, native, 'the picture')
     except UserError as e: raise Refusal(422, str(e)) from None
 
 
+async def within(pool: ThreadPoolExecutor, fn, *args):
+    "Call a function in a thread of a pool, so that the loop that talks to the clients goes on."
+    return await asyncio.get_running_loop().run_in_executor(pool, fn, *args)
+
+
+LATER = {'Retry-After': '10'}  # seconds
+
+
 class Batcher:
-    "Gathers the items of concurrent requests into batches for one thread. Use it as `async with Batcher(work) as batcher: await batcher(item)`."
+    """Gathers the items of concurrent requests into batches for one thread.
+    Use it as `async with Batcher(work) as batcher: await batcher(item)`."""
     def __init__(self, work,  # list of items → list of results, of the same length
                  max_batch: int = 32, max_queue: int = 256,
                  wait: float = 0.002,  # seconds
@@ -82,7 +96,7 @@ class Batcher:
         self.work, self.max_batch, self.max_queue, self.wait, self.watch = work, max_batch, max_queue, wait, watch
         self.queue, self.worker = asyncio.Queue(), ThreadPoolExecutor(1, 'dinocls-model')
         self.held, self.closing = 0, False  # places taken
-        self.size, self.ended, self.pace = 1, 0.0, 0.01  # of the last batch; seconds an item, lately
+        self.size, self.ended, self.pace = 1, 0.0, 0.01  # of the last batch; seconds per item, lately
 
     async def __call__(self, item):
         "Return what `work` makes of an item, in a batch with others."
@@ -90,9 +104,17 @@ class Batcher:
         self.queue.put_nowait((item, future))
         return await future
 
-    async def beside(self, fn, *args):
-        "Call a function in the thread that works, between two batches."
-        return await asyncio.get_running_loop().run_in_executor(self.worker, fn, *args)
+    @contextlib.contextmanager
+    def hold(self, places: int = 1):
+        "Take places in the service for the length of a block. Raise `Refusal` if it is closing (503) or full (429)."
+        if self.closing:
+            raise Refusal(503, 'The service is shutting down: ask another one, or this one later.', LATER)
+        if self.held + places > self.max_queue:
+            wait = min(60, math.ceil(self.held * self.pace))
+            raise Refusal(429, f'The service is full: ask again in {wait} s.', {'Retry-After': str(wait)})
+        self.held += places
+        try: yield
+        finally: self.held -= places
 
     async def __aenter__(self):
         self.task = asyncio.create_task(self._run())
@@ -104,104 +126,83 @@ class Batcher:
         self.task.cancel()
         self.worker.shutdown()
 
+    async def _gather(self) -> list:  # (item, future)
+        "Wait for an item, shortly for as many more as the batch before had, and take what is there."
+        first = await self.queue.get()
+        began = time.monotonic()
+        expected = min(self.size, self.max_batch) if began - self.ended < 10 * self.wait else 1
+        while self.queue.qsize() + 1 < expected and time.monotonic() - began < self.wait:
+            await asyncio.sleep(self.wait / 8)
+        batch = [first] + [self.queue.get_nowait() for _ in range(min(self.queue.qsize(), self.max_batch - 1))]
+        return [(item, future) for item, future in batch if not future.done()]  # without those that gave up
 
-async def _gather(self) -> list:  # (item, future)
-    "Wait for an item, shortly for as many more as the batch before had, and take what is there."
-    first = await self.queue.get()
-    began = time.monotonic()
-    expected = min(self.size, self.max_batch) if began - self.ended < 10 * self.wait else 1
-    while self.queue.qsize() + 1 < expected and time.monotonic() - began < self.wait: await asyncio.sleep(self.wait / 8)
-    batch = [first] + [self.queue.get_nowait() for _ in range(min(self.queue.qsize(), self.max_batch - 1))]
-    return [(item, future) for item, future in batch if not future.done()]  # without those that gave up
-
-
-async def _run(self):
-    "Answer batch after batch."
-    while True:
-        if not (batch := await self._gather()): continue
-        began, self.size = time.perf_counter(), len(batch)
-        try: results = await self.beside(self.work, [item for item, _ in batch])
-        except Exception:
-            logging.getLogger('dinocls').exception('The model failed on a batch of %d.', self.size)
-            results = [Refusal(503, 'The model could not answer; the log of the service says why.', {'Retry-After': '10'})] * self.size
-        for (_, future), result in zip(batch, results):
-            if not future.done(): (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
-        seconds, self.ended = time.perf_counter() - began, time.monotonic()
-        self.pace = 0.8 * self.pace + 0.2 * seconds / self.size
-        self.watch(self.size, seconds)
-
-Batcher._gather, Batcher._run = _gather, _run
-
-
-@contextlib.contextmanager
-def _hold(self, places: int = 1):
-    "Take places in the service for the length of a block. Raise `Refusal` if it is closing (503) or full (429)."
-    if self.closing: raise Refusal(503, 'The service is shutting down: ask another one, or this one later.', {'Retry-After': '10'})
-    if self.held + places > self.max_queue:
-        wait = min(60, math.ceil(self.held * self.pace))
-        raise Refusal(429, f'The service is full: ask again in {wait} s.', {'Retry-After': str(wait)})
-    self.held += places
-    try: yield
-    finally: self.held -= places
-
-Batcher.hold = _hold
+    async def _run(self):
+        "Answer batch after batch."
+        while True:
+            if not (batch := await self._gather()): continue
+            began, self.size = time.perf_counter(), len(batch)
+            try: results = await within(self.worker, self.work, [item for item, _ in batch])
+            except Exception:
+                logging.getLogger('dinocls').exception('The model failed on a batch of %d.', self.size)
+                why = Refusal(503, 'The model could not answer; the log of the service says why.', LATER)
+                results = [why] * self.size
+            for (_, future), result in zip(batch, results):
+                if future.done(): continue
+                (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
+            seconds, self.ended = time.perf_counter() - began, time.monotonic()
+            self.pace = 0.8 * self.pace + 0.2 * seconds / self.size
+            self.watch(self.size, seconds)
 
 
 async def files(request, most: int, limits: Limits) -> list[bytes]:
-    "Return the files of a form, or a body that is a picture itself. Raise `Refusal` for other bodies, none or too many."
+    "Return the files of a form, or a body that is a picture. Raise `Refusal` for other bodies, none or too many."
     from starlette.formparsers import MultiPartException, MultiPartParser
     kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
     if kind == 'multipart/form-data':
-        form = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=most, max_part_size=limits.max_bytes)
-        form.spool_max_size = limits.max_bytes + 1
+        form = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=most,
+                               max_part_size=limits.max_bytes)
+        form.spool_max_size = limits.max_bytes + 1  # nothing is written to disk
         try: parts = await form.parse()
         except MultiPartException as e:
-            if 'Too many files' in e.message: raise Refusal(413, f'The form has more files than are accepted here ({most}): send fewer.') from None
+            if 'Too many files' in e.message:
+                raise Refusal(413, f'The form has more files than are accepted here ({most}): send fewer.') from None
             raise Refusal(400, f'The form cannot be read: {reason(e.message)}.') from None
         found = [await part.read() for _, part in parts.multi_items() if not isinstance(part, str)]
-        await parts.close()
     elif kind.startswith('image/') or kind == 'application/octet-stream': found = [await request.body()]
-    else: raise Refusal(415, f'The body is {kind[:80] or "of no type"}: send a form (multipart/form-data) with a file, or the picture itself as image/… .')
+    else: raise Refusal(415, f'The body is {kind[:80] or "of no type"}: send a form (multipart/form-data) with a file, '
+                             'or the picture itself as image/… .')
     if not found: raise Refusal(422, 'The form holds no file: send the picture as a file in a field named "file".')
     return found
 
 
-class Meters:
-    "What is counted of a service."
-    def __init__(self):
+class Service:
+    "A model behind limits, and what is counted of it."
+    def __init__(self, model, limits: Limits):
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-        self.registry = CollectorRegistry()
-        self.requests = Counter('dinocls_requests', 'Requests answered', ['path', 'status'], registry=self.registry)
-        self.seconds = Histogram('dinocls_request_seconds', 'Seconds from a request to its answer', ['path'], registry=self.registry)
-        self.batches = Histogram('dinocls_batch_pictures', 'Pictures in a batch', buckets=[2 ** i for i in range(9)], registry=self.registry)
-        self.work = Histogram('dinocls_batch_seconds', 'Seconds that the model took for a batch', registry=self.registry)
-        self.held = Gauge('dinocls_held_pictures', 'Pictures in the service', registry=self.registry)
+        self.model, self.limits, self.memory = model, limits, 0  # bytes of all bodies
+        self.registry, sizes = CollectorRegistry(), [2**i for i in range(9)]  # two services do not meet
+        here = {'registry': self.registry}
+        self.requests = Counter('dinocls_requests', 'Requests answered', ['path', 'status'], **here)
+        self.seconds = Histogram('dinocls_request_seconds', 'Seconds from a request to its answer', ['path'], **here)
+        self.batches = Histogram('dinocls_batch_pictures', 'Pictures in a batch', buckets=sizes, **here)
+        self.work = Histogram('dinocls_batch_seconds', 'Seconds that the model took for a batch', **here)
+        self.readers = ThreadPoolExecutor(limits.readers, 'dinocls-reader')
+        self.batcher = Batcher(model.answers, limits.max_batch, limits.max_queue, limits.wait_ms / 1000, self.count)
+        Gauge('dinocls_held_pictures', 'Pictures in the service', **here).set_function(lambda: self.batcher.held)
+        self.example = model.answers([np.full((*model.native, 3), 128, np.uint8)])[0]  # the first call, a slow one
 
-    def request(self, path: str, status: int, seconds: float):
-        self.requests.labels(path, status).inc()
-        self.seconds.labels(path).observe(seconds)
-
-    def batch(self, pictures: int, seconds: float):
+    def count(self, pictures: int, seconds: float):
+        "Count a batch."
         self.batches.observe(pictures)
         self.work.observe(seconds)
 
-
-class Service:
-    "A model behind limits."
-    def __init__(self, model, limits: Limits):
-        self.model, self.limits, self.meters, self.memory = model, limits, Meters(), 0  # bytes of all bodies
-        self.readers = ThreadPoolExecutor(limits.readers, 'dinocls-reader')
-        self.batcher = Batcher(model.answers, limits.max_batch, limits.max_queue, limits.wait_ms / 1000, self.meters.batch)
-        self.meters.held.set_function(lambda: self.batcher.held)
-        self.example = model.answers([np.full((*model.native, 3), 128, np.uint8)])[0]  # the first call is a slow one: make it now
-
-    async def read(self, fn, *args):
-        "Call a function in a thread that decodes."
-        return await asyncio.get_running_loop().run_in_executor(self.readers, fn, *args)
+    async def read(self, data: bytes) -> np.ndarray:
+        "Decode a picture."
+        return await within(self.readers, read_picture, data, self.model.native, self.limits.max_pixels)
 
     async def classify(self, data: bytes) -> dict:
         "Return the answer for the bytes of a picture."
-        return await self.batcher(await self.read(read_picture, data, self.model.native, self.limits.max_pixels))
+        return await self.batcher(await self.read(data))
 
     async def attempt(self, data: bytes) -> dict:
         "Return the answer for the bytes of a picture, or what is wrong with it."
@@ -213,17 +214,48 @@ class Service:
     async def in_time(self, coroutine):
         "Wait for an answer as long as the limits allow. Raise `Refusal` (504) then."
         try: return await asyncio.wait_for(coroutine, self.limits.timeout)
-        except asyncio.TimeoutError: raise Refusal(504, f'There was no answer within {self.limits.timeout:g} s: ask again later.') from None
+        except asyncio.TimeoutError:
+            raise Refusal(504, f'There was no answer within {self.limits.timeout:g} s: ask again later.') from None
+
+    @contextlib.asynccontextmanager
+    async def body(self, headers, receive):
+        "Read a request's body, counted and not believed, and keep it for the length of a block. Raise `Refusal`."
+        limits, until, data, more = self.limits, time.monotonic() + self.limits.timeout, bytearray(), True
+        stated = headers.get('content-length', '')
+        stated = int(stated[:19]) if stated.isdecimal() else 0
+        try:
+            while True:
+                if max(stated, len(data)) > limits.max_bytes:
+                    many = f'{limits.max_bytes:,} bytes'
+                    raise Refusal(413, f'The body has more than {many}, which is what is accepted: send less.')
+                if self.memory > limits.max_memory:
+                    raise Refusal(429, 'The service is full: ask again in 1 s.', {'Retry-After': '1'})
+                if not more: break
+                try: message = await asyncio.wait_for(receive(), max(0, until - time.monotonic()))
+                except asyncio.TimeoutError:
+                    late = f'The body did not arrive within {limits.timeout:g} s: send a smaller picture.'
+                    raise Refusal(408, late) from None
+                if message['type'] == 'http.disconnect':
+                    raise Refusal(400, 'The connection ended before the body was there.')
+                data += (part := message.get('body', b''))
+                self.memory += len(part)
+                more = message.get('more_body')
+            yield bytes(data)
+        finally: self.memory -= len(data)
 
 
-API = {'/predict': 'POST', '/predict/batch': 'POST', '/info': 'GET', '/metrics': 'GET', '/openapi.json': 'GET', '/healthz': 'GET', '/readyz': 'GET'}
+API = {'/predict': 'POST', '/predict/batch': 'POST', '/info': 'GET', '/metrics': 'GET', '/openapi.json': 'GET',
+       '/healthz': 'GET', '/readyz': 'GET'}
 WITHOUT_KEY, EVENT = ('/healthz', '/readyz'), '/gradio_api/queue/join'
-PAGE = ('/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/assets/', '/static/', '/gradio_api/info', '/gradio_api/startup-events', '/gradio_api/heartbeat/',
-        '/gradio_api/upload', '/gradio_api/upload_progress', EVENT, '/gradio_api/queue/data', '/gradio_api/file=')
+PAGE = ('/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/assets/', '/static/', EVENT,
+        *(f'/gradio_api/{name}' for name in ('info', 'startup-events', 'heartbeat/', 'upload', 'upload_progress',
+                                             'queue/data', 'file=')))
+OFFLINE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # the page loads nothing from elsewhere
 
 
 def is_page(path: str) -> bool:
-    "Tell whether an address belongs to the page. Gradio opens more, among them one that fetches from other servers for a client; they stay shut."
+    """Tell whether an address belongs to the page. Gradio opens more, among them one that fetches from other servers
+    for a client; they stay shut."""
     if path.startswith('/gradio_api/file=http'): return False
     return any(path == p or p != '/' and p[-1] in '/=' and path.startswith(p) for p in PAGE)
 
@@ -237,76 +269,15 @@ def given_key(headers) -> str:
     return headers.get('x-api-key', '')
 
 
-class Visit:
-    "A request on its way through the gate."
-    def __init__(self, service: Service, scope, receive, send):
-        self.service, self.scope, self._receive, self._send, self.path = service, scope, receive, send, scope['path']
-        self.began, self.size, self.whole, self.status, self.refused = time.perf_counter(), 0, False, 0, None
-
-    async def receive(self):
-        "Pass on a part of the body. Raise `Refusal` if it is too much or too slow."
-        if self.whole: return await self._receive()
-        limits, left = self.service.limits, self.began + self.service.limits.timeout - time.perf_counter()
-        try: message = await asyncio.wait_for(self._receive(), max(0, left))
-        except asyncio.TimeoutError: self.refuse(408, f'The body did not arrive within {limits.timeout:g} s: send a smaller picture.')
-        if message['type'] == 'http.disconnect': self.refuse(400, 'The connection ended before the body was there.')
-        self.size += (n := len(message.get('body', b'')))
-        self.service.memory += n
-        if self.size > limits.max_bytes: self.refuse(413, too_large(limits))
-        if self.service.memory > limits.max_memory: self.refuse(429, 'The service is full: ask again in 1 s.', {'Retry-After': '1'})
-        self.whole = not message.get('more_body')
-        return message
-
-    def refuse(self, *reasons):
-        "Refuse the request, whatever the app behind the gate makes of that."
-        self.refused = Refusal(*reasons)
-        raise self.refused
-
-
-def too_large(limits: Limits) -> str:
-    "Say how large a body may be."
-    return f'The body has more than {limits.max_bytes:,} bytes, which is what is accepted: send less.'
-
-
-OFFLINE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # the page loads nothing from elsewhere
-
-
-async def _pass_on(self, message):
-    "Send a part of the answer, unless the request was refused meanwhile."
-    if self.refused: return
-    if message['type'] == 'http.response.start':
-        self.status, page = message['status'], self.path not in API
-        if page and self.status >= 500: self.status, self.refused = 0, Refusal(400, 'The page cannot do that.')  # its own events bring their failures in other ways
-        if self.refused: return
-        more = {'X-Content-Type-Options': 'nosniff', **({'Content-Security-Policy': OFFLINE} if page else {'Cache-Control': 'no-store'})}
-        message = message | {'headers': [*message['headers'], *((k.lower().encode(), v.encode()) for k, v in more.items())]}
-    await self._send(message)
-
-
-async def _end(self):
-    "Send the refusal, if there is one and nothing was sent yet, and count the request."
-    from starlette.responses import JSONResponse
-    if self.refused and not self.status:
-        refused, self.refused = self.refused, None
-        await JSONResponse({'detail': str(refused)}, refused.status, refused.headers)(self.scope, self._receive, self.send)
-    self.service.memory -= self.size
-    path = self.path if self.path in API else 'page' if is_page(self.path) else 'other'
-    self.service.meters.request(path, self.status or 500, time.perf_counter() - self.began)
-
-Visit.send, Visit.end = _pass_on, _end
-
-
 @functools.cache
-def upload_folder() -> Path:
+def upload_folder() -> tempfile.TemporaryDirectory:
     "Make a folder for the uploads of this process, which other users cannot read, and which goes when it ends."
-    folder = tempfile.mkdtemp(prefix='dinocls-')
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    return tempfile.TemporaryDirectory(prefix='dinocls-', ignore_cleanup_errors=True)
 
 
 def is_upload(path) -> bool:
     "Tell whether a path is that of a file which was uploaded to the page, or which the page made."
-    try: return Path(path).resolve().is_relative_to(upload_folder().resolve())
+    try: return Path(path).resolve().is_relative_to(Path(upload_folder().name).resolve())
     except (OSError, ValueError, TypeError): return False
 
 
@@ -314,22 +285,16 @@ def only_uploads(value):
     "Return an event of the page without addresses. Raise `Refusal` if it names a path that is no upload."
     if isinstance(value, list): return [only_uploads(v) for v in value]
     if not isinstance(value, dict): return value
-    if value.get('path') is not None and not is_upload(value['path']): raise Refusal(422, 'The page takes uploads, and neither paths nor addresses.')
+    if value.get('path') is not None and not is_upload(value['path']):
+        raise Refusal(422, 'The page takes uploads, and neither paths nor addresses.')
     return {k: only_uploads(v) for k, v in value.items() if k != 'url'}
 
 
-async def checked(receive):
-    "Read an event of the page and return a `receive` that passes on what was found to be harmless. Raise `Refusal` for other events."
-    data, more = b'', True
-    while more:
-        message = await receive()
-        data, more = data + message.get('body', b''), message.get('more_body', False)
-        if len(data) > 2**20: raise Refusal(413, 'The event is too large: the page sends smaller ones.')
-    try: event = only_uploads(json.loads(data))
+def checked(event: bytes) -> bytes:
+    "Return an event of the page as far as it is harmless: Gradio would read any file that it names. Raise `Refusal`."
+    if len(event) > 2**20: raise Refusal(413, 'The event is too large: the page sends smaller ones.')
+    try: return json.dumps(only_uploads(json.loads(event))).encode()
     except (ValueError, RecursionError): raise Refusal(400, 'The event is not JSON.') from None
-    passed = iter([{'type': 'http.request', 'body': json.dumps(event).encode(), 'more_body': False}])
-    async def again(): return next(passed, None) or await receive()
-    return again
 
 
 class Gate:
@@ -337,118 +302,129 @@ class Gate:
     def __init__(self, app, service: Service, key: str = '', page: bool = False):
         self.app, self.service, self.key, self.page = app, service, key, page
 
-    def check(self, scope):
-        "Raise `Refusal` for what can be refused before the body is read."
-        from starlette.datastructures import Headers
-        path, headers = scope['path'], Headers(scope=scope)
-        if path not in API and not (self.page and is_page(path)): raise Refusal(404, 'There is nothing at this address: /openapi.json lists what there is.')
-        if API.get(path, scope['method']) != scope['method']: raise Refusal(405, f'{path} answers {API[path]} only.', {'Allow': API[path]})
-        if self.key and path not in WITHOUT_KEY and not hmac.compare_digest(given_key(headers).encode(), self.key.encode()):
-            raise Refusal(401, 'The key is missing or wrong: send it as X-API-Key, as bearer token, or as the password of HTTP Basic.',
-                          {'WWW-Authenticate': 'Basic realm="dinocls", charset="UTF-8"'})
-        length = headers.get('content-length', '')
-        if length.isdecimal() and (len(length) > 18 or int(length) > self.service.limits.max_bytes): raise Refusal(413, too_large(self.service.limits))
+    def check(self, path: str, method: str, headers):
+        "Raise `Refusal` for an address that there is not, another method, or a wrong key."
+        if path not in API and not (self.page and is_page(path)):
+            raise Refusal(404, 'There is nothing at this address: /openapi.json lists what there is.')
+        if API.get(path, method) != method:
+            raise Refusal(405, f'{path} answers {API[path]} only.', {'Allow': API[path]})
+        wrong = self.key and not hmac.compare_digest(given_key(headers).encode(), self.key.encode())
+        if wrong and path not in WITHOUT_KEY:
+            raise Refusal(401, 'The key is missing or wrong: send it as X-API-Key, as bearer token, or as the password '
+                               'of HTTP Basic.', {'WWW-Authenticate': 'Basic realm="dinocls", charset="UTF-8"'})
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)
-        visit = Visit(self.service, scope, receive, send)
+        from starlette.datastructures import Headers, MutableHeaders
+        from starlette.responses import JSONResponse
+        service, path, headers, began, status = self.service, scope['path'], Headers(scope=scope), time.monotonic(), 0
+        kind = path if path in API else 'page' if is_page(path) else 'other'
+
+        async def marked(message):
+            nonlocal status
+            if message['type'] == 'http.response.start':
+                if path not in API and message['status'] >= 500:  # its events bring their failures in other ways
+                    raise Refusal(400, 'The page cannot do that.')
+                status, out = message['status'], MutableHeaders(scope=message)
+                out['X-Content-Type-Options'] = 'nosniff'
+                out.update({'Cache-Control': 'no-store'} if path in API else {'Content-Security-Policy': OFFLINE})
+            await send(message)
+
         try:
-            self.check(scope)
-            receive = await checked(visit.receive) if scope['path'] == EVENT else visit.receive
-            await self.app(scope, receive, visit.send)
-        except Refusal as e: visit.refused = e
-        except Exception:
-            if not visit.refused: raise
-        finally: await visit.end()
+            self.check(path, scope['method'], headers)
+            place = service.batcher.hold() if API.get(path) == 'POST' else contextlib.nullcontext()
+            with place:
+                async with service.body(headers, receive) as body:
+                    if path == EVENT: body = checked(body)
+                    left = iter([{'type': 'http.request', 'body': body, 'more_body': False}])
+                    async def again(): return next(left, None) or await receive()
+                    await self.app(scope, again, marked)
+        except Refusal as e:
+            if not status: await JSONResponse({'detail': str(e)}, e.status, e.headers)(scope, receive, marked)
+        finally:
+            service.requests.labels(kind, status or 500).inc()
+            service.seconds.labels(kind).observe(time.monotonic() - began)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(BaseModel):
     "What the model says of a picture. A picture of nothing that it knows gets one of its classes all the same."
-    prediction: str  # the most probable class
-    confidence: float  # its probability
-    probabilities: dict[str, float]  # class → probability
-    top5: list[tuple[str, float]]  # the most probable classes
-    uncertain: bool | None = None  # true: not exactly one class is plausible; null: the model cannot tell
+    prediction: str = Field(description='the most probable class')
+    confidence: float = Field(description='its probability')
+    probabilities: dict[str, float] = Field(description='class → probability')
+    top5: list[tuple[str, float]] = Field(description='the most probable classes')
+    uncertain: bool | None = Field(None, description='whether not exactly one class is plausible; null: it cannot tell')
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(BaseModel):
     "What is wrong with a picture of several."
-    error: str
+    error: str = Field(examples=['Cannot use the picture: …'])
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(BaseModel):
     "Why there is no answer, in one sentence."
-    detail: str
+    detail: str = Field(examples=['The service is full: ask again in 1 s.'])
 
 
-PROBLEMS = {400: 'the body cannot be read', 401: 'the key is missing or wrong', 408: 'the body arrived too slowly', 413: 'too many bytes, pixels or files',
-            415: 'neither a form nor a picture', 422: 'no picture, or a damaged one', 429: 'full: Retry-After says for how long', 503: 'shutting down, or the model failed',
-            504: 'no answer in time'}
+REFUSED = {status: {'model': Problem, 'description': f'{why}.'} for status, why in {
+    400: 'The body cannot be read', 401: 'The key is missing or wrong', 408: 'The body arrived too slowly',
+    413: 'Too many bytes, pixels or files', 415: 'Neither a form nor a picture', 422: 'No picture, or a damaged one',
+    429: 'Full: Retry-After says for how long', 503: 'Shutting down, or the model failed',
+    504: 'No answer in time'}.items()}
 
 
-def described(example, *bodies: str, field: str = 'file', schema: dict | None = None) -> dict:
-    "Return what OpenAPI needs to know of an endpoint that takes pictures."
-    binary = {'type': 'string', 'format': 'binary'}
-    form = {'type': 'object', 'required': [field], 'properties': {field: schema or binary}}
-    content = {'multipart/form-data': {'schema': form}} | {kind: {'schema': binary} for kind in bodies}
-    return {'responses': {200: {'content': {'application/json': {'example': example}}}} | {
-                status: {'model': Problem, 'description': what.capitalize(), 'content': {'application/json': {'example': {'detail': f'{what.capitalize()}.'}}}}
-                for status, what in PROBLEMS.items()},
-            'openapi_extra': {'requestBody': {'required': True, 'content': content}}}
+def brought(kind: type[BaseModel], *media: str) -> dict:
+    "Declare a body that the endpoint reads itself, in memory and within the limits; FastAPI would write it to disk."
+    content = {'multipart/form-data': {'schema': kind.model_json_schema()}}
+    content |= {m: {'schema': {'type': 'string', 'format': 'binary'}} for m in media}
+    return {'requestBody': {'required': True, 'content': content}}
 
 
-def add_predictions(app, service: Service):
-    "Add the endpoints that classify."
-    from fastapi import Request
-    from fastapi.responses import JSONResponse
-    batcher, limits = service.batcher, service.limits
-
-    @app.post('/predict', response_model=Answer, summary='Classify a picture', **described(service.example, 'image/*', 'application/octet-stream'))
-    async def predict(request: Request):
-        "Send the picture as a file in a form, or as the body itself."
-        with batcher.hold():
-            data, = await files(request, 1, limits)
-            return JSONResponse(await service.in_time(service.classify(data)))
-
-    many = {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}, 'maxItems': limits.max_count}
-    @app.post('/predict/batch', response_model=list[Answer | Failure], summary='Classify several pictures',
-              **described([service.example, {'error': 'Cannot use the picture: …'}], field='files', schema=many))
-    async def predict_batch(request: Request):
-        "Send the pictures as files in a form. The answers come in the same order; a picture that cannot be used gets an error of its own."
-        with batcher.hold():
-            found = await files(request, limits.max_count, limits)
-            with batcher.hold(len(found) - 1):
-                return JSONResponse(await service.in_time(asyncio.gather(*map(service.attempt, found))))
-
-
-def add_status(app, service: Service):
-    "Add the endpoints that tell of the service."
-    from fastapi import Response
+def add_endpoints(app, service: Service):
+    "Add what the API answers."
+    from fastapi import Request, Response
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-    model = service.model
+    model, limits = service.model, service.limits
+    one = create_model('Picture', file=bytes)
+    many = create_model('Pictures', files=(list[bytes], Field(max_length=limits.max_count)))
+    shown = lambda example: REFUSED | {200: {'content': {'application/json': {'example': example}}}}
 
-    @app.get('/healthz', summary='Is the process alive?', response_model=dict[str, str])
-    async def healthz(): return {'status': 'alive'}
+    @app.post('/predict', summary='Classify a picture', responses=shown(service.example),
+              openapi_extra=brought(one, 'image/*', 'application/octet-stream'))
+    async def predict(request: Request) -> Answer:
+        "Send the picture as a file in a form, or as the body itself."
+        data, = await files(request, 1, limits)
+        return await service.in_time(service.classify(data))
 
-    @app.get('/readyz', summary='Would a picture be taken?', response_model=dict[str, str], responses={503: {'model': Problem}})
-    async def readyz():
+    @app.post('/predict/batch', summary='Classify several pictures', openapi_extra=brought(many),
+              responses=shown([service.example, {'error': 'Cannot use the picture: …'}]))
+    async def predict_batch(request: Request) -> list[Answer | Failure]:
+        """Send the pictures as files in a form. The answers come in the same order; a picture that cannot be used gets
+        an error of its own."""
+        found = await files(request, limits.max_count, limits)
+        with service.batcher.hold(len(found) - 1):
+            return await service.in_time(asyncio.gather(*map(service.attempt, found)))
+
+    @app.get('/healthz', summary='Is the process alive?')
+    async def healthz() -> dict[str, str]: return {'status': 'alive'}
+
+    @app.get('/readyz', summary='Would a picture be taken?', responses={503: REFUSED[503]})
+    async def readyz() -> dict[str, str]:
         if service.batcher.closing: raise Refusal(503, 'The service is shutting down.')
         return {'status': 'ready'}
 
     @app.get('/info', summary='Which model is this, and what does it take?')
     async def info() -> dict:
-        return {'version': version(), 'classes': model.classes, 'native_size': list(model.native), 'device': str(model.device), 'precision': model.precision, 'backend': model.backend,
-                **{k: model.config.get(k) for k in ('backbone', 'image_size', 'metrics')}, 'limits': asdict(service.limits)}
+        return {'version': version(), 'classes': model.classes, 'native_size': list(model.native),
+                'device': str(model.device), 'precision': model.precision, 'backend': model.backend,
+                **{k: model.config.get(k) for k in ('backbone', 'image_size', 'metrics')},
+                'limits': service.limits.model_dump()}
 
     @app.get('/metrics', summary='Counters for Prometheus', response_class=Response)
-    async def metrics(): return Response(generate_latest(service.meters.registry), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(): return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @contextlib.contextmanager
-def _extra():
+def extra():
     "Say what to install where a library is missing."
     try: yield
     except ModuleNotFoundError as e:
@@ -456,74 +432,72 @@ def _extra():
         raise UserError(f"The service needs {e.name}: pip install 'dinocls[serve]'.") from None
 
 
-def limits_from(given: dict) -> Limits:
-    "Return limits with single ones changed, by numbers or texts. Raise `UserError` for an unknown one or no number."
-    kinds = {f.name: f.type for f in fields(Limits)}
-    for name in given:
-        if name not in kinds: raise UserError(f'The service has no limit {name!r}: {nearest(name, kinds)}')
-    try: return Limits(**{name: kinds[name](value) for name, value in given.items()})
-    except ValueError as e: raise UserError(f'A limit of the service is not a number ({reason(e)}).') from None
-
-
+@extra()
 def create_app(model,  # a `ProductionModel`
                api_key: str = '',  # empty: everyone may ask
                page: bool = True,  # a page at /, where Gradio is installed
                **limits):  # see `Limits`
-    "Return the service of a model as a FastAPI app. Raise `UserError` if a library is missing or a limit makes no sense."
-    with _extra():
-        from fastapi import FastAPI
-        from .page import add_page, has_gradio
-        service = Service(model, limits_from(limits))
-        warnings.filterwarnings('ignore', module=r'PIL\.')  # each hostile picture would leave one behind, for ever
-        @contextlib.asynccontextmanager
-        async def life(app):
-            with service.readers:
-                async with service.batcher: yield
-            if app.state.page: shutil.rmtree(upload_folder(), ignore_errors=True)  # a signal ends the process without further ado
-        app = FastAPI(title='dinocls', version=version(), description=f'Classifies pictures: {service.model.config["backbone"]}, {len(model.classes)} classes.',
-                      lifespan=life, docs_url=None, redoc_url=None)  # those pages load their scripts from another server
-        app.state.service, app.state.page = service, None
-        add_predictions(app, service)
-        add_status(app, service)
-        if page := page and has_gradio(): add_page(app, service)
-        app.add_middleware(Gate, service=service, key=api_key, page=page)
-        app.add_exception_handler(Exception, _failed)
+    "Return the service of a model as a FastAPI app. Raise `UserError` for a missing library or a wrong limit."
+    from fastapi import FastAPI
+    from fastapi.responses import JSONResponse
+    from .page import add_page
+    service = Service(model, limits_from(limits))
+    warnings.filterwarnings('ignore', module=r'PIL\.')  # each hostile picture would leave one behind, for ever
+
+    @contextlib.asynccontextmanager
+    async def life(app):
+        with service.readers:
+            async with service.batcher: yield
+        if app.state.page: upload_folder().cleanup()  # a signal ends the process without further ado
+
+    what = f'Classifies pictures: {model.config["backbone"]}, {len(model.classes)} classes.'
+    app = FastAPI(title='dinocls', version=version(), description=what, lifespan=life,
+                  docs_url=None, redoc_url=None)  # those pages load their scripts from another server
+    app.state.service, app.state.page = service, None
+    add_endpoints(app, service)
+    if page := page and find_spec('gradio') is not None: add_page(app, service)
+    app.add_middleware(Gate, service=service, key=api_key, page=page)
+
+    @app.exception_handler(Exception)
+    async def failed(request, error):  # the server logs it
+        return JSONResponse({'detail': 'The service made a mistake; its log says which.'}, 500)
     return app
-
-
-async def _failed(request, error):
-    "Answer for a mistake of the service's own; the server logs it."
-    from starlette.responses import JSONResponse
-    return JSONResponse({'detail': 'The service made a mistake; its log says which.'}, 500)
 
 
 def listen(host: str, port: int) -> socket.socket:
     "Return a socket that listens. Raise `UserError` if there is none to be had."
-    try: made = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=1024)
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    try: made = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError, UnicodeError) as e:
-        raise UserError(f'Cannot listen on {host}, port {port} ({reason(e)}): choose another --port, or --host.') from None
-    # asyncio sends small packets at once only where the protocol is named; else each answer would wait 40 ms for the client's acknowledgement
+        why = f'Cannot listen on {host}, port {port} ({reason(e)})'
+        raise UserError(f'{why}: choose another --port, or --host.') from None
+    # asyncio sends small packets at once only where the protocol is named; else each answer waits 40 ms to be confirmed
     return socket.socket(made.family, made.type, socket.IPPROTO_TCP, made.detach())
 
 
-def close(app):
-    "Let nobody in any more, and end the page's open connections."
-    app.state.service.batcher.closing = True
-    if app.state.page: app.state.page.stop_event.set()
-
-
+@extra()
 def serve(model, host: str = '127.0.0.1', port: int = 8000,  # 0: any that is free
           api_key: str = '', page: bool = True, **limits):
-    "Serve a model until SIGINT or SIGTERM. Raise `UserError` if a library is missing, the port is taken or a limit makes no sense."
-    with _extra(): import uvicorn
+    "Serve a model until SIGINT or SIGTERM. Raise `UserError` for a missing library, a port taken or a wrong limit."
+    import uvicorn
     with listen(host, port) as listener:
         app = create_app(model, api_key, page, **limits)
-        gc.collect(), gc.freeze()  # else each full collection looks at all that the libraries made, for half a second in which nobody is answered
-        config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, ws='none', lifespan='on',
-                                timeout_graceful_shutdown=math.ceil(2 * app.state.service.limits.timeout) + 5)
+        gc.collect()
+        gc.freeze()  # else each full collection looks at all that the libraries made, and nobody is answered meanwhile
+        longest = math.ceil(2 * app.state.service.limits.timeout) + 5
+        config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, ws='none',
+                                lifespan='on', timeout_graceful_shutdown=longest)
+
         class Server(uvicorn.Server):
-            def handle_exit(self, *args): close(app), super().handle_exit(*args)
+            def handle_exit(self, *args):
+                "Let nobody in any more, and end the page's open connections."
+                app.state.service.batcher.closing = True
+                if app.state.page: app.state.page.stop_event.set()
+                super().handle_exit(*args)
+
         address, port = listener.getsockname()[:2]
-        print(f'http://{f"[{address}]" if ":" in address else address}:{port} answers{" and shows a page" if app.state.page else ""}; Ctrl-C stops it.', flush=True)
-        if not api_key and host not in ('127.0.0.1', '::1', 'localhost'): print('Whoever reaches this address may ask: --api-key sets a key.', flush=True)
+        url = f'http://{f"[{address}]" if ":" in address else address}:{port}'
+        print(url, 'answers and shows a page;' if app.state.page else 'answers;', 'Ctrl-C stops it.', flush=True)
+        if not api_key and host not in ('127.0.0.1', '::1', 'localhost'):
+            print('Whoever reaches this address may ask: --api-key sets a key.', flush=True)
         Server(config).run(sockets=[listener])
