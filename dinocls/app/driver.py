@@ -67,18 +67,18 @@ def chapters() -> list[Chapter]:
 def choose(book: list[Chapter], text: str) -> list[Chapter]:
     "Pick chapters by numbers, ranges or names, as in '5-8,12'. Raise `UserError` for one that does not exist."
     if not text: return book
-    order, picked, places = [c.name for c in book], set(), {}
+    places, picked = {}, set()
     for i, c in enumerate(book):
         number = c.name.partition('_')[0]
         places |= dict.fromkeys((c.name, c.module, number, number.lstrip('0') or '0'), i)
     for word in text.replace(' ', '').split(','):
         first, _, last = word.partition('-')
         for k in (first, last or first):
-            if k not in places: raise UserError(f'There is no chapter {k!r}: {nearest(k, order)}')
+            if k not in places: raise UserError(f'There is no chapter {k!r}: {nearest(k, (c.name for c in book))}')
         a, b = places[first], places[last or first]
         if a > b: raise UserError(f'The range {word!r} of chapters runs backwards: write {last}-{first}.')
-        picked |= set(order[a:b + 1])
-    return [c for c in book if c.name in picked]
+        picked |= {*range(a, b + 1)}
+    return [book[i] for i in sorted(picked)]
 
 
 def stages() -> dict:
@@ -90,9 +90,7 @@ def stages() -> dict:
 
 def parameters(cfg: Config) -> dict:
     "Return a configuration as the parameters of a chapter; those at their defaults are left out."
-    given = {'preset': cfg.preset, 'overrides': format_overrides(cfg)}
-    if cfg.out: given['out'] = os.path.relpath(cfg.folder, root()) if cfg.folder.is_relative_to(root()) \
-        else str(cfg.folder)
+    given = {'preset': cfg.preset, 'overrides': format_overrides(cfg), 'out': cfg.out and str(cfg.folder)}
     return {k: v for k, v in given.items() if v}
 
 
@@ -100,7 +98,7 @@ def check_parameters(path: Path, given: dict):
     "Raise `UserError` if a notebook lacks one of the parameters."
     import papermill
     known = papermill.inspect_notebook(str(path))
-    for name in given.keys() - known.keys():
+    for name in sorted(given.keys() - known.keys()):
         mend = nearest(name, known) if known else 'no cell is tagged parameters.'
         raise UserError(f'{path.name} has no parameter {name!r}: {mend}')
 
@@ -255,12 +253,14 @@ class Run:
         "End whatever still runs: each process is asked first, since it may have a checkpoint to write."
         asked, end = [], time.time() + patience
         for job in self.running: job.stopped = True
-        while time.time() < end and not all(future.done() for future in self.running.values()):
-            for process in {p for job in self.running for p in job.family()}.difference(asked):
-                asked.append(process)
-                with contextlib.suppress(psutil.Error): process.terminate()
-            time.sleep(0.05)
-        for process in psutil.wait_procs(asked, max(0, end - time.time()))[1]:
+        with contextlib.suppress(KeyboardInterrupt):  # a second one ends the patience
+            while time.time() < end and not all(future.done() for future in self.running.values()):
+                for process in {p for job in self.running for p in job.family()}.difference(asked):
+                    asked.append(process)
+                    with contextlib.suppress(psutil.Error): process.terminate()
+                time.sleep(0.05)
+            psutil.wait_procs(asked, max(0, end - time.time()))
+        for process in asked:
             with contextlib.suppress(psutil.Error): process.kill()
 
 
