@@ -151,7 +151,7 @@ def test_what_cannot_begin_is_refused_before_it_begins(tmp_path, in_process):
 
 @pytest.mark.slow
 def test_a_full_disk_costs_only_what_is_new(tmp_path):
-    def sizes(): return {p.name: p.stat().st_size for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    def sizes(): return {p: p.stat().st_size for p in (tmp_path/'run').rglob('*') if p.is_file()}
     def full():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -159,7 +159,7 @@ def test_a_full_disk_costs_only_what_is_new(tmp_path):
     assert dinocls('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'run').returncode == 0
     before = sizes()
     refused(dinocls(*compute, preexec_fn=full), 'Cannot write')
-    assert before.items() <= sizes().items() and not [name for name in sizes() if name.startswith('.')]
+    assert before.items() <= sizes().items() and not [p for p in sizes() if p.name.startswith('.')]
     assert dinocls(*compute).returncode == 0
 
 

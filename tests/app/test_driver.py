@@ -220,24 +220,24 @@ def test_stale_results_are_computed_anew_or_kept_and_marked(book, in_process):
 
 @pytest.mark.slow
 def test_a_second_run_finds_everything_current(tmp_path, in_process):
-    args = ('run', '-p', 'smoke', '--out', tmp_path/'run', '--chapters', '1')
+    args = ('run', '-p', 'smoke', '--out', tmp_path/'run', '--chapters', '2')
     first = in_process(*args)
     assert first.returncode == 0, first
+    assert (tmp_path/'run'/'02_augment'/'batch.png').exists()
     second = in_process(*args)
-    assert '01_data is current' in second.stdout and os.path.join('run', 'index.html') in second.stdout
-    forced = in_process(*args, '--force')
-    assert 'is current' not in forced.stdout and '01_data: splits' in forced.stdout
+    assert '02_augment is current' in second.stdout and os.path.join('run', 'index.html') in second.stdout
 
 
 def test_force_forgets_what_the_chosen_chapters_compute(tmp_path, monkeypatch):
     driver.stages()
-    for name in ('splits', 'phase1'): (tmp_path/'stages'/f'{name}-0').mkdir(parents=True)
-    monkeypatch.setattr(driver.Run, 'go', lambda run: True)
     cfg = preset('smoke', out=str(tmp_path/'run'))
-    driver.open_run(cfg)
-    (tmp_path/'stages').rename(tmp_path/'run'/'stages')
+    cache = driver.open_run(cfg)/'stages'
+    for name in ('splits-0', 'phase1-0', 'chapters'): (cache/name).mkdir(parents=True)
+    for name in ('01_data', '05_phase1'): (cache/'chapters'/f'{name}.json').write_text('{}')
+    monkeypatch.setattr(driver.Run, 'go', lambda run: True)
     assert STAGES['splits'].module == 'data' and driver.run_book(cfg, '1', force=True) == 0
-    assert [p.name for p in (tmp_path/'run'/'stages').glob('*-0')] == ['phase1-0']
+    assert [p.name for p in cache.glob('*-0')] == ['phase1-0']
+    assert [p.name for p in cache.glob('chapters/*')] == ['05_phase1.json']
 
 
 # --- stopping, and going on
