@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def refused(result, *parts, status=2):
     lines = [line for line in result.stderr.splitlines() if line.startswith('dinocls: ')]
     assert len(lines) == 1, result.stderr
     for part in parts: assert part in lines[0], lines[0]
+
+
+def wait(condition, seconds):
+    "Wait until a condition holds, or fail."
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'it did not happen in time'
+        time.sleep(0.1)
 
 
 PARAMETERS = "preset: str = 'smoke'\noverrides: str = ''\nout: str = ''"

@@ -162,11 +162,11 @@ class Job:
 
     def family(self) -> list:
         "Return the kernel and its children, as far as they live; note the memory that they take."
-        with contextlib.suppress(psutil.Error, AttributeError):  # it has just ended, or not begun
-            found = [self.kernel, *self.kernel.children(recursive=True)]
+        found = []
+        with contextlib.suppress(psutil.Error):  # one has just ended
+            if self.kernel: found = [self.kernel, *self.kernel.children(recursive=True)]
             self.peak_mb = max(self.peak_mb, sum(p.memory_info().rss for p in found) / 2**20)
-            return found
-        return []
+        return found
 
     def run(self, threads: int) -> dict:
         "Execute the chapter into the run folder; return the record of how it ended."

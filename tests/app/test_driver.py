@@ -5,13 +5,12 @@ import json
 import os
 import signal
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import COMMAND, ROOT, chapter, environment, refused
+from conftest import COMMAND, ROOT, chapter, environment, refused, wait
 from PIL import Image
 
 from dinocls.app import driver
@@ -249,14 +248,6 @@ def started(book, *marks):
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait(lambda: all((book/m).exists() for m in marks), 60)
     return process, psutil.Process(process.pid).children(recursive=True)
-
-
-def wait(condition, seconds):
-    "Wait until a condition holds, or fail."
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, 'it did not happen in time'
-        time.sleep(0.1)
 
 
 SLOW = '''from pathlib import Path
