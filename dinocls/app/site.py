@@ -1,21 +1,52 @@
-"What follows from the chapters: badges, Colab cells, and the README's generated blocks."
+"What follows from the chapters and their execution: a run's pages, badges, Colab cells, the README's generated blocks."
 import json
+from configparser import ConfigParser
 from pathlib import Path
 
-from ..kit.config import PRESETS, root
-from .driver import chapters
+from ..kit.config import PRESETS, preset, root
+from ..kit.files import read_json, replacing
+
+RECORD = 'outputs/record-quick'  # run of preset quick that is committed: the README's numbers are its
+
+
+def write_pages(folder: Path, book: list) -> Path:  # run folder; chapters
+    "Write each executed chapter as a page, and a page of contents; return the latter. What is newer stays."
+    from nbconvert import HTMLExporter
+    exporter, done = HTMLExporter(), [c for c in book if (folder/f'{c.name}.ipynb').exists()]
+    for c in done:
+        source, page = folder/f'{c.name}.ipynb', folder/'html'/f'{c.name}.html'
+        if page.exists() and page.stat().st_mtime > source.stat().st_mtime: continue
+        body, _ = exporter.from_file(str(source), {'metadata': {'name': f'{c.title} · dinocls'}})
+        with replacing(page) as tmp: tmp.write_text(body, encoding='utf-8')
+    items = '\n'.join(f'<li><a href="html/{c.name}.html">{c.title}</a><br><span>{c.claim}</span></li>' for c in done)
+    contents = CONTENTS.format(run=folder.name, items=items)
+    with replacing(folder/'index.html') as tmp: tmp.write_text(contents, encoding='utf-8')
+    return folder/'index.html'
+
+
+CONTENTS = '''<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>dinocls: {run}</title>
+<style>body {{ font: 17px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 3rem auto; padding: 0 1rem;
+  color: #222 }}
+a {{ color: #0072b2; font-weight: 600; text-decoration: none }} span {{ color: #555 }} li {{ margin: .6rem 0 }}</style>
+<h1>dinocls, run <code>{run}</code></h1>
+<p>Every chapter as it was executed. The numbers are gathered in <a href="html/14_report.html">the report</a>.</p>
+<ol start="0">
+{items}
+</ol></html>
+'''
 
 
 def colab_cells(name: str) -> tuple[str, str]:
     "Return the badge and the installing cell of a chapter, as settings.ini determines them."
-    from configparser import ConfigParser
     config = ConfigParser(delimiters=['='])
     config.read(root()/'settings.ini', encoding='utf-8')
-    s = config['DEFAULT']
-    url = f'https://colab.research.google.com/github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb'
-    badge = f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})'
-    return badge, ("# In Colab, install the book's library; elsewhere this does nothing.\n"
-                   f"if 'google.colab' in str(get_ipython()):\n    %pip install -q \"dinocls[book] @ git+{s['git_url']}@{s['branch']}\"")
+    s, colab = config['DEFAULT'], 'https://colab.research.google.com'
+    return (f'[![Open in Colab]({colab}/assets/colab-badge.svg)]'
+            f'({colab}/github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb)',
+            "# In Colab, install the book's library; elsewhere this does nothing.\n"
+            "if 'google.colab' in str(get_ipython()):\n"
+            f'    %pip install -q "dinocls[book] @ git+{s["git_url"]}@{s["branch"]}"')
 
 
 def as_source(path: Path) -> str:
@@ -25,17 +56,42 @@ def as_source(path: Path) -> str:
     for cell in nb['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'code': cell |= {'outputs': [], 'execution_count': None}
-        if cell['cell_type'] == 'markdown' and source.startswith('[![Open in Colab]'): cell['source'] = badge.splitlines(keepends=True)
-        if cell['cell_type'] == 'code' and source.startswith('# In Colab, install'): cell['source'] = install.splitlines(keepends=True)
+        if source.startswith('[![Open in Colab]'): cell['source'] = badge.splitlines(keepends=True)
+        if source.startswith('# In Colab, install'): cell['source'] = install.splitlines(keepends=True)
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n'
 
 
-def chapter_table() -> str:
+def code_of(notebook: Path) -> list[str]:
+    "Return a notebook's code cells, without the parameters that a run injects."
+    return [''.join(c['source']) for c in read_json(notebook)['cells']
+            if c['cell_type'] == 'code' and 'injected-parameters' not in c['metadata'].get('tags', ())]
+
+
+def of_which_commit(folder: Path, book: list) -> str:  # run folder; chapters
+    "Say of which commit a run is, and which chapters have changed since or were not executed."
+    copies = {c.name: (c.path, folder/f'{c.name}.ipynb') for c in book}
+    other = [n for n, (source, copy) in copies.items() if not copy.exists() or code_of(source) != code_of(copy)]
+    commit = read_json(folder/'book.json')['git']
+    if not other: return 'It is of the chapters as they are here.'
+    return f'It is of commit `{commit}`; chapters whose code has changed since: {", ".join(other)}.'
+
+
+def chapter_table(book: list) -> str:
     "Return the README's table of chapters."
-    rows = [f'| [{c.name}](nbs/{c.name}.ipynb) | {c.claim} | {colab_cells(c.name)[0]} |' for c in chapters()]
+    rows = [f'| [{c.name}](nbs/{c.name}.ipynb) | {c.claim} | {colab_cells(c.name)[0]} |' for c in book]
     return '\n'.join(['| chapter | what it shows | |', '|---|---|---|', *rows])
 
 
 def preset_table() -> str:
     "Return the README's table of presets."
-    return '\n'.join(['| preset | for | cost | result |', '|---|---|---|---|', *(f'| `{n}` | {p.purpose} | {p.cost} | {p.expect} |' for n, p in PRESETS.items())])
+    rows = [f'| `{name}` | {p.purpose} | {p.cost} | {p.expect} |' for name, p in PRESETS.items()]
+    return '\n'.join(['| preset | for | cost | result |', '|---|---|---|---|', *rows])
+
+
+def generated(book: list) -> dict:  # file → text
+    "Return the notebooks and the README as they should be."
+    from ..report import fill_blocks, readme_blocks
+    readme, record = root()/'README.md', preset('quick', out=str(root()/RECORD))
+    blocks = {'chapters': chapter_table(book), 'presets': preset_table(), **readme_blocks(record),
+              'record': of_which_commit(record.folder, book)}
+    return {c.path: as_source(c.path) for c in book} | {readme: fill_blocks(readme.read_text(encoding='utf-8'), blocks)}

@@ -1,0 +1,101 @@
+"What follows from the chapters: badges, Colab cells, README blocks, pages; and what the committed run is of."
+import json
+import re
+import subprocess
+from configparser import ConfigParser
+
+import pytest
+from conftest import ROOT, chapter
+
+from dinocls.app import site
+from dinocls.app.driver import chapters
+from dinocls.kit.config import PRESETS
+
+BOOK, RECORD = chapters(), ROOT/site.RECORD
+README = (ROOT/'README.md').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize('c', BOOK, ids=lambda c: c.name)
+def test_a_notebook_is_as_it_is_committed(c):
+    badge, install = site.colab_cells(c.name)
+    text = c.path.read_text(encoding='utf-8')
+    assert json.dumps(badge) in text and 'google.colab' in install and f'nbs/{c.name}.ipynb' in badge
+    assert site.as_source(c.path) == text
+
+
+def test_badges_follow_from_settings():
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini')
+    start = 'https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/'.format(**config['DEFAULT'])
+    targets = re.findall(re.escape(start) + r'([^)]+)', README)
+    assert len(targets) == len(BOOK) and all((ROOT/t).is_file() for t in targets)
+
+
+def test_outputs_and_foreign_badges_are_mended(book):
+    chapter(book, '01_first', '1 + 1')
+    path = book/'nbs'/'01_first.ipynb'
+    nb = json.loads(path.read_text())
+    nb['cells'][1] |= {'source': '[![Open in Colab](elsewhere)](elsewhere)'}
+    nb['cells'][2] |= {'source': '# In Colab, install something else'}
+    nb['cells'][3] |= {'outputs': [{'output_type': 'stream', 'name': 'stdout', 'text': '2'}], 'execution_count': 1}
+    path.write_text(json.dumps(nb))
+    badge, install, code = (''.join(c['source']) for c in json.loads(site.as_source(path))['cells'][1:])
+    assert (badge, install) == site.colab_cells('01_first') and code == '1 + 1'
+    assert json.loads(site.as_source(path))['cells'][3]['outputs'] == []
+
+
+def test_tables_list_all():
+    assert all(f'nbs/{c.name}.ipynb' in line for c, line in zip(BOOK, site.chapter_table(BOOK).splitlines()[2:]))
+    assert [line.split('`')[1] for line in site.preset_table().splitlines()[2:]] == [*PRESETS]
+
+
+def test_readme_and_notebooks_are_up_to_date(in_process):
+    changed = subprocess.run(['git', 'status', '--porcelain', '--', site.RECORD], cwd=ROOT, capture_output=True)
+    if changed.stdout: pytest.skip('the record is being made anew, and has its own numbers')
+    result = in_process('sync', '--check')
+    assert result.returncode == 0, result.stdout
+
+
+def test_sync_mends_and_check_only_tells(tmp_path, monkeypatch, in_process):
+    from dinocls.app import cli
+    (tmp_path/'a.md').write_text('old')
+    monkeypatch.setattr(cli, 'generated', lambda book: {tmp_path/'a.md': 'new'})
+    told = in_process('sync', '--check')
+    assert told.returncode == 1 and 'is out of date' in told.stdout and (tmp_path/'a.md').read_text() == 'old'
+    assert in_process('sync').returncode == 0 and (tmp_path/'a.md').read_text() == 'new'
+    assert in_process('sync', '--check').returncode == 0
+
+
+def test_the_record_is_of_the_chapters_as_they_are_or_says_of_which_commit():
+    said = site.of_which_commit(RECORD, BOOK)
+    assert said in README
+    if said.startswith('It is of commit'): assert re.fullmatch('[0-9a-f]{12}', re.search('`(.*)`', said)[1])
+
+
+def test_a_changed_or_missing_chapter_is_noticed(book):
+    for name in ('01_same', '02_changed', '03_new'): chapter(book, name, '1 + 1')
+    run = book/'run'
+    run.mkdir()
+    for name in ('01_same', '02_changed'):
+        nb = json.loads((book/'nbs'/f'{name}.ipynb').read_text())
+        nb['cells'].insert(3, {'cell_type': 'code', 'source': 'x = 1', 'metadata': {'tags': ['injected-parameters']}})
+        nb['cells'][-1]['source'] = ['1 + ', '1' if 'same' in name else '2']
+        (run/f'{name}.ipynb').write_text(json.dumps(nb))
+    (run/'book.json').write_text('{"git": "0123456789ab"}')
+    found = chapters()
+    said = 'It is of commit `0123456789ab`; chapters whose code has changed since: 02_changed, 03_new.'
+    assert site.of_which_commit(run, found) == said
+    assert site.of_which_commit(run, found[:1]) == 'It is of the chapters as they are here.'
+
+
+def test_pages_are_written_for_what_was_executed_and_kept_while_newer(book):
+    for name in ('01_first', '02_later'): chapter(book, name, '1 + 1')
+    found = chapters()
+    (run := book/'run').mkdir()
+    (run/'01_first.ipynb').write_text((book/'nbs'/'01_first.ipynb').read_text())
+    contents, page = site.write_pages(run, found), run/'html'/'01_first.html'
+    assert '01_first · dinocls' in page.read_text() and [p.name for p in page.parent.iterdir()] == ['01_first.html']
+    assert 'html/01_first.html' in contents.read_text() and '02_later' not in contents.read_text()
+    page.write_text('kept')
+    site.write_pages(run, found)
+    assert page.read_text() == 'kept'
