@@ -6,8 +6,7 @@
 __all__ = ['MISS', 'FORMAT', 'FILES', 'EXAMPLES', 'CARD', 'PREPROCESSING', 'MODEL_CARD', 'calibrate', 'description',
            'Description', 'check_description', 'rebuild', 'model_card', 'replacing_folder', 'save_production',
            'read_object', 'read_production', 'load_production', 'load_trained', 'load_model', 'answer', 'as_batch',
-           'as_subject', 'ProductionModel', 'benchmark', 'production', 'served', 'inference_speed', 'backends',
-           'backend_table']
+           'as_subject', 'ProductionModel', 'benchmark', 'production', 'served', 'inference_speed', 'backends']
 
 # %% ../nbs/13_inference.ipynb #e37827d9
 import contextlib
@@ -33,15 +32,14 @@ from .data import load_split, prefetch, splits
 from .kit import config
 from .kit.config import Config, choices
 from .kit.datasets import load_dataset
-from .kit.engines import (
-    TIED, Subject, agreement, candidates, fastest, measure_sizes, processor, scaled, start_backend)
+from .kit.engines import Subject, candidates, fastest, measure_sizes, processor, scaled, start_backend
 from .kit.files import UserError, digest, file_digest, plain, reason, write_json
 from .kit.machine import cores, progress, version, versions
 from .kit.pictures import as_png, to_pixels
 from .kit.stage import stage
 from .model import BACKBONES, Classifier, backbone, bf16_gain, device as find_device, head, infer, precision
 from .phase2 import phase2, phase2_logits, phase2_model
-from .stats import conformal_threshold, fit_temperature, mcnemar, wilson
+from .stats import conformal_threshold, fit_temperature, wilson
 from .train import classification_metrics
 
 # %% ../nbs/13_inference.ipynb #c2958b65
@@ -323,8 +321,8 @@ class ProductionModel:
         self.model, self.precision = model.to(self.device), precision(self.cfg, self.device)
         folder = Path(path).expanduser()
         self.subject = as_subject(self.model, self.cfg, self.native, self.device, self.temperature, folder)
-        self.backend = fastest(self.subject) if backend == 'auto' else backend
-        self.run = start_backend(self.subject, self.backend)
+        auto = backend == 'auto'
+        self.backend, self.run = fastest(self.subject) if auto else (backend, start_backend(self.subject, backend))
 
     def __repr__(self):
         how = f'{self.device}, {self.backend}, {self.precision}'
@@ -432,20 +430,3 @@ def backends(cfg, folder):
             model.device)]
     return {'names': list(rows), 'rows': rows, 'why': why, 'logits': np.stack(logits),
             'hardware': processor(model.device), 'temperature': model.temperature}
-
-def backend_table(found,  # what `backends` returns
-                  labels: np.ndarray) -> list[dict]:
-    """Return one row a backend: accuracy on test and how it differs from that of `torch`, images/s by batch size, and
-    the median ratio to `torch`."""
-    logits, table = dict(zip(found['names'], found['logits'])), []
-    rates = {name: {r['batch']: r['images_per_second'] for r in rows} for name, rows in found['rows'].items()}
-    right, expected = logits['torch'].argmax(1) == labels, scaled(logits['torch'], found['temperature'])
-    for name, rate in rates.items():
-        same = agreement(scaled(logits[name], found['temperature']), expected, TIED)
-        mine = logits[name].argmax(1) == labels
-        ratios = [rate[b] / r for b, r in rates['torch'].items() if b in rate]
-        table.append({'backend': name, 'accuracy': 100 * mine.mean(), 'n': len(labels), 'p': mcnemar(right, mine)['p'],
-                      'changed': round(len(labels) * (1 - same['same'])), 'largest_difference': same['largest'],
-                      'keeps': same['same_if_clear'], **{f'images_per_second_{b}': r for b, r in rate.items()},
-                      'speedup': float(np.median(ratios)), 'start_s': found['rows'][name][0]['started']})
-    return table

@@ -12,7 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ class Subject:
     settings: str = ''  # what answers depend on, beside the weights and the native size
     examples: Tensor | None = None  # uint8 (n, 3, *native)
     bf16_gain: Callable = lambda: 0.0  # how many times as fast as fp32 this CPU is in bf16
+    known: dict = field(default_factory=dict, init=False, repr=False)  # what `expected` returned
 
     @functools.cached_property
     def digest(self) -> str:
@@ -54,6 +55,12 @@ class Subject:
         if self.examples is not None: return self.examples[:n]
         noise = torch.Generator().manual_seed(0)
         return torch.randint(0, 256, (min(n, 16), 3, *self.native), dtype=torch.uint8, generator=noise)
+
+    def expected(self, n: int, precision: str = '') -> np.ndarray:
+        "Return PyTorch's logits for n pictures, worked out once."
+        if (n, precision) not in self.known:
+            self.known[n, precision] = self.infer(self.model, self.pictures(n), precision)
+        return self.known[n, precision]
 
 
 # --- how fast
@@ -117,11 +124,11 @@ def agreement(probabilities: np.ndarray, expected: np.ndarray,  # (n, classes) e
 
 def difference(subject: Subject, run: Callable,
                precision: str,  # what the engine computes in
-               images: Tensor) -> str:
+               pictures: int) -> str:  # to compare
     "Say in what answers differ from PyTorch's by more than that precision explains; nothing if they are equal."
     if precision == 'fp32' and subject.device.type == 'cuda': precision = 'bf16'  # GPUs multiply fp32 in TF32
-    expected = near = subject.infer(subject.model, images, '')
-    if precision == 'fp32' != subject.precision: near = subject.infer(subject.model, images, 'fp32')
+    images, expected = subject.pictures(pictures), subject.expected(pictures)
+    near = subject.expected(pictures, 'fp32') if precision == 'fp32' != subject.precision else expected
     given = np.concatenate([run(part) for part in (images[:1], images[1:]) if len(part)])  # alone, and in company
     off = np.abs(given - near).max() / np.abs(near).max()
     if not off < CLOSE[precision]: return f'its logits are off by {off:.2g} of the largest, too much for {precision}'
@@ -177,7 +184,7 @@ def export_onnx(subject: Subject, file: Path) -> Path:
                                dynamic_shapes={'images': {0: torch.export.Dim('n', min=1, max=2**16)}})
         except Exception as e:  # whatever the exporter raises
             raise UserError(f'The model cannot be exported to ONNX ({reason(e)}): {instead}') from None
-        if why := difference(host, session(tmp), 'fp32', host.pictures(4)):
+        if why := difference(host, session(tmp), 'fp32', 4):
             raise UserError(f'The exported graph answers otherwise than the model ({why}): {instead}')
     return Path(file)
 
@@ -255,8 +262,7 @@ def start_backend(subject: Subject, name: str,
     try:
         run = start(subject)
         run(subject.pictures(1))  # what compiles or needs memory may fail only now
-        why = pictures and name != 'torch' and difference(subject, run, precision or subject.precision,
-                                                          subject.pictures(pictures))
+        why = pictures and name != 'torch' and difference(subject, run, precision or subject.precision, pictures)
     except UserError: raise
     except Exception as e:  # whatever a library raises
         raise UserError(f'The backend {name} cannot be started here ({reason(e)}); auto takes one that can.') from None
@@ -272,14 +278,16 @@ def candidates(subject: Subject) -> list[str]:
     return [name for name in BACKENDS if name not in slow]
 
 
-def fastest(subject: Subject, batch: int = 8, seconds: float = 0.5) -> str:
-    "Return the fastest backend that answers as PyTorch does, as measured here before, or now."
+def fastest(subject: Subject, batch: int = 8, seconds: float = 0.5) -> tuple[str, Callable]:
+    "Return name and function of the fastest backend that answers as PyTorch does, as measured here before, or now."
     made_by = (f'{k} {v}' for k, v in versions().items())
     key = ', '.join((subject.digest[:16], processor(subject.device), *made_by))
     known, rates = recall('backends', key), {}
-    if known in BACKENDS and not lacking(known, subject.device): return known
+    with contextlib.suppress(UserError):
+        if known in BACKENDS: return known, start_backend(subject, known)
     for name in candidates(subject):
         with contextlib.suppress(UserError):
             run = start_backend(subject, name, 256)
             rates[name] = measure(run, subject.pictures(batch), seconds, subject.device)['images_per_second']
-    return remember('backends', key, max(rates, key=rates.get))
+    best = remember('backends', key, max(rates, key=rates.get))
+    return best, start_backend(subject, best)
