@@ -218,11 +218,12 @@ def export(kind: Annotated[str, typer.Argument(help='onnx or onnx-int8')],
            to: Annotated[Path, Option('--to', help='file to write')] = Path('model.onnx'), model: ModelOption = None,
            preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Write the model, its preprocessing included, as one file for other runtimes."
-    from ..inference import ProductionModel, exported
+    from ..inference import ProductionModel
+    from ..kit.engines import exported
     if kind not in ('onnx', 'onnx-int8'):
         raise UserError(f'There is no export {kind!r}: {nearest(kind, ["onnx", "onnx-int8"])}')
     served = ProductionModel(served_path(model, settings(preset, config, set, out)), 'cpu')
-    source = exported(served, int8=kind == 'onnx-int8')
+    source = exported(served.subject, int8=kind == 'onnx-int8')
     with replacing(to) as tmp, as_os_error(): shutil.copyfile(source, tmp)
     height, width = served.native
     print(f'{short(to)}: {to.stat().st_size / 1e6:.1f} MB; images uint8 (n, 3, {height}, {width}) to logits float32 '
@@ -238,7 +239,8 @@ def bench(model: ModelOption = None,
           device: DeviceOption = 'auto',
           preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Time the model from pixels and from PNG files, with every backend that is there."
-    from ..inference import BACKENDS, ProductionModel, benchmark, processor
+    from ..inference import ProductionModel, benchmark
+    from ..kit.engines import BACKENDS, processor
     try: sizes = [int(b) for b in batch.split(',')]
     except ValueError: raise UserError(f'--batch {batch}: give whole numbers, as in 1,8,32.') from None
     path = served_path(model, settings(preset, config, set, out))
