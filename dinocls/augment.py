@@ -56,6 +56,7 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
     "Blend each pixel with its own grey: its own share is the factor, (b, 1, 1, 1)."
     return (factor * x).add_((1 - factor) * _grey(x)).clamp_(0, 1)
 
+# %% ../nbs/02_augment.ipynb #555dd1f4
 def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
     "Turn the hue of each image by a part of the circle, (b, 1, 1, 1), -0.5 to 0.5."
     r, g, b = x.split(1, 1)

@@ -38,6 +38,7 @@ def phase1(cfg, folder):
     return fit(model, training_data(cfg), load_split(cfg, 'val', device(cfg)), cfg, epochs=cfg.phase1_epochs,
                lr_backbone=0.0, lr_head=cfg.phase1_lr, folder=folder, name='phase1', feats=feats)
 
+# %% ../nbs/05_phase1.ipynb #492be3fb
 def phase1_model(cfg):
     "Return the classifier as phase 1 left it, on the configured device."
     model = classifier(cfg, len(splits(cfg)['classes']))

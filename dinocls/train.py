@@ -129,6 +129,7 @@ class Divided(torch.nn.Module):
         first = [checkpoint(self.embed[0], part, use_reentrant=False) for part in first]
         return torch.cat([*first, self.embed[0](last)])
 
+# %% ../nbs/04_train.ipynb #16890ec9
 def gather_features(feats, accelerator):  # (b, …) → (b·processes, …)
     "Bring together the embeddings of all processes, in the order of the batch."
     n = accelerator.num_processes
@@ -159,8 +160,7 @@ def optimise(loop: Loop, loss: torch.Tensor,
 # %% ../nbs/04_train.ipynb #9cbb00c3
 def train_step(loop: Loop, forward, x, y_a, y_b, lam, seed: int = 0) -> tuple[torch.Tensor, bool]:
     "Take one optimiser step on a batch of images, or of embeddings; return the loss, and whether the step was taken."
-    acc, cfg, buffers = loop.accelerator, loop.cfg, list(loop.trained.buffers())
-    before = [b.clone() for b in buffers]
+    acc, cfg, before = loop.accelerator, loop.cfg, [b.clone() for b in loop.trained.buffers()]
     if x.ndim == 4: x = x[acc.process_index::acc.num_processes]
     while True:
         torch.manual_seed(seed)  # dropout
@@ -168,18 +168,19 @@ def train_step(loop: Loop, forward, x, y_a, y_b, lam, seed: int = 0) -> tuple[to
             if x.ndim == 4: loop.batch = preprocess(x, cfg, out=loop.batch)  # fresh memory costs more than filling it
             logits = forward(loop.batch if x.ndim == 4 else x, loop.micro)
             loss = mixed_loss(logits, y_a, y_b, lam, cfg.label_smoothing, cfg.focal_gamma, cfg.hard_weight)
-            if not (moved := optimise(loop, loss)): _put_back(buffers, before)
+            if not (moved := optimise(loop, loss)): _put_back(loop, before)
             return loss.detach(), moved
         except RuntimeError as e:
             if not isinstance(e, torch.cuda.OutOfMemoryError) and 'allocate memory' not in str(e): raise
-        _put_back(buffers, before)
+        _put_back(loop, before)
         halve(loop, len(x))
 
 @torch.no_grad()
-def _put_back(buffers, before):
+def _put_back(loop: Loop, before: list):
     "Undo what a step did to buffers."
-    for b, old in zip(buffers, before): b.copy_(old)
+    for b, old in zip(loop.trained.buffers(), before): b.copy_(old)
 
+# %% ../nbs/04_train.ipynb #65724b7d
 def halve(loop: Loop, images: int):
     "Let the backbone see half as many images at once. Raise `UserError` if that is impossible."
     seen = min(loop.micro or images, images)
@@ -220,12 +221,12 @@ def train_epoch(loop: Loop, forward, source,  # a `Loader` of images or of embed
 
 # %% ../nbs/04_train.ipynb #d16fd7de
 def diagnosis(loop: Loop) -> str:
-    "Say what is known about steps that were not finite."
+    "Say what is known about steps that were not finite, and what helps."
     largest = max(p.detach().abs().max().item() for p in loop.trained.parameters())
-    rates = ', '.join(f'{k} {v:g}' for k, v in group_rates(loop).items())
-    kind = precision(loop.cfg, loop.accelerator.device)
+    rates, kind = group_rates(loop), precision(loop.cfg, loop.accelerator.device)
     return (f'{loop.bad} steps in a row, up to step {loop.step} of epoch {loop.epoch + 1}, had a loss or gradient that '
-            f'is not finite and were left out (rates: {rates}; largest weight {largest:.3g}; precision {kind})')
+            f'is not finite and were left out (rates: {", ".join(f"{k} {v:g}" for k, v in rates.items())}; largest '
+            f'weight {largest:.3g}; precision {kind}): lower the rates, or try precision=fp32')
 
 def group_rates(loop: Loop) -> dict:  # part of the model → rate
     "Return the rate of each part; groups with and without decay share theirs."
@@ -274,6 +275,7 @@ def save_checkpoint(loop: Loop, folder: Path, name: str) -> Path:
 
 COUNTS = ('epoch', 'step', 'steps', 'skipped', 'losses', 'best')  # what a checkpoint holds of a loop as it is
 
+# %% ../nbs/04_train.ipynb #69ad102b
 def load_checkpoint(loop: Loop, folder: Path, name: str) -> bool:
     "Continue from the newest whole checkpoint, if any. Raise `UserError` if it belongs to another configuration."
     for file in checkpoints(folder, name):
@@ -320,8 +322,7 @@ class Checkpointer:
         "Write a checkpoint if minutes say so, and stop if asked or if training has come to nothing."
         if self.loop.bad >= self.loop.cfg.bad_steps:
             kept = self.write() or 'the last checkpoint'
-            raise UserError(f'{diagnosis(self.loop)}: lower the rates, or try precision=fp32; '
-                            f'the last good weights are in {kept}.')
+            raise UserError(f'{diagnosis(self.loop)}; the last good weights are in {kept}.')
         self.due(time.monotonic() - self.last > 60 * self.loop.cfg.checkpoint_minutes)
 
     def after_epoch(self, epochs: int):
