@@ -6,8 +6,8 @@
 __all__ = ['COUNTS', 'LONG', 'schedule', 'averaged', 'initial_share', 'Loop', 'make_accelerator', 'start', 'Divided',
            'gather_features', 'optimise', 'train_step', 'halve', 'step_seed', 'train_epoch', 'diagnosis', 'group_rates',
            'accuracy_and_loss', 'evaluate', 'classification_metrics', 'checkpoints', 'save_checkpoint',
-           'load_checkpoint', 'Checkpointer', 'compiles', 'shared_infer', 'val_logits', 'validate', 'fit',
-           'batch_source']
+           'load_checkpoint', 'Checkpointer', 'has_compiler', 'compiles', 'shared_infer', 'val_logits', 'validate',
+           'fit', 'batch_source']
 
 # %% ../nbs/04_train.ipynb #cdf7efd9
 import copy
@@ -361,11 +361,20 @@ class Checkpointer:
 # %% ../nbs/04_train.ipynb #a42abd86
 LONG = 3000  # steps left, from which on compiling takes less time than it saves
 
+def has_compiler(device: torch.device) -> bool:
+    "Tell by a small trial whether anything can be compiled for a device here."
+    try:
+        with torch._dynamo.config.patch(suppress_errors=False):
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
+    except Exception: return False  # no compiler, no such device
+    return True
+
 def compiles(cfg, device: torch.device, steps: int) -> bool:  # steps that are left
     "Tell whether to compile: as configured, or on a GPU for long runs; what can't be compiled then runs as it is."
     wanted = cfg.compile == 'on' or (cfg.compile == 'auto' and device.type == 'cuda' and steps >= LONG)
-    if wanted: torch._dynamo.config.suppress_errors = True
-    return wanted
+    if not wanted or not has_compiler(device): return False
+    torch._dynamo.config.suppress_errors = True
+    return True
 
 # %% ../nbs/04_train.ipynb #347ea3d3
 def shared_infer(loop: Loop, part: torch.nn.Module, images) -> np.ndarray:

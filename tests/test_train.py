@@ -127,7 +127,7 @@ def test_what_cannot_be_compiled_trains_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(torch._inductor.config, 'force_disable_caches', True)
     torch._dynamo.reset()
     plain, failing = run(tmp_path/'a'), run(tmp_path/'b', compile='on')
-    assert losses(failing) == pytest.approx(losses(plain), rel=1e-6)
+    assert losses(failing) == losses(plain)
 
 
 ARGS = ['stage', 'phase2', '-p', 'smoke', '-s', 'phase2_epochs=6', '-s', 'checkpoint_minutes=0', '-s', 'device=cpu']
