@@ -28,7 +28,7 @@ from dinocls.kit import config, files, machine
 from dinocls.augment import MEAN, STD
 from dinocls.data import Loader
 from dinocls.model import autocast, classifier, precision
-from dinocls.train import Divided, Embedded, compile_backbone, start, train_epoch
+from dinocls.train import Divided, compiles, start, train_epoch
 
 GPU, WORKERS, CLASSES = torch.cuda.is_available(), max(2, machine.cores() // 2), 10
 DEVICE, SYNC = torch.device('cuda' if GPU else 'cpu'), torch.cuda.synchronize if GPU else lambda: None
@@ -62,15 +62,13 @@ def ours(case):
     loop = start(model, cfg, 100, case['lead'] + case['steps'], 1e-5, 1e-4)
     divided, where, (x, y) = Divided(loop.model, loop.accelerator), loop.accelerator.device, images(case)
     forward = loop.accelerator.prepare(divided)
-    source = (Embedded(torch.randn(len(x), model.backbone.num_features, device=where), torch.from_numpy(y).to(where), cfg.batch_size, cfg.seed) if case['variant'] == 'stored'
-              else Loader(x, y, cfg.batch_size, cfg.seed, where))
+    if case['variant'] == 'stored': x = torch.randn(len(x), model.backbone.num_features, device=where)
+    source = Loader(x, y, cfg.batch_size, cfg.seed, where)
 
     def epoch(after_step):
         train_epoch(loop, forward, source, after_step)
         loop.epoch, loop.step, loop.losses = loop.epoch + 1, 0, None
-    if cfg.compile == 'on':
-        epoch(lambda: None)  # compiling asks what a batch looks like; the first epoch that is timed compiles
-        compile_backbone(loop, divided, 1)
+    if compiles(cfg, where, 1): divided.embed[0] = torch.compile(loop.model.backbone)  # the first epoch compiles
     return epoch
 
 

@@ -10,7 +10,7 @@ __all__ = ['ROW_NAMES', 'DECAYS', 'turned_off', 'add_rows', 'leave_rows', 'studi
 import numpy as np
 import torch
 
-from .data import load_split, splits
+from .data import Loader, load_split, splits
 from .kit.files import UserError
 from .kit.parallel import run_stages
 from .kit.stage import stage, variant
@@ -18,7 +18,7 @@ from .model import classifier, device, features, infer
 from .phase1 import phase1
 from .phase2 import direct, phase2, with_weights
 from .stats import holm, paired
-from .train import Divided, Embedded, accuracy_and_loss, averaged, initial_share, start, train_epoch, val_logits
+from .train import Divided, accuracy_and_loss, averaged, initial_share, start, train_epoch, val_logits
 
 # %% ../nbs/09_ablation.ipynb #aa921edb
 def turned_off(cfg) -> dict:  # technique → fields that turn it off
@@ -113,7 +113,7 @@ DECAYS = (0.9, 0.99, 0.999, 0.9999)
 def ema_study(cfg, folder):
     "Train a head on embeddings and keep several averages along; return validation accuracy by decay (0: raw weights), warm-up and steps, and the share of initial weights."
     dev, feats, (_, y), (_, val_y) = device(cfg), features(cfg), load_split(cfg, 'train'), load_split(cfg, 'val')
-    source = Embedded(torch.from_numpy(feats['train']).to(dev), y.to(dev), cfg.batch_size, cfg.seed)
+    source = Loader(torch.from_numpy(feats['train']).to(dev), y, cfg.batch_size, cfg.seed, dev)
     loop = start(classifier(cfg, len(splits(cfg)['classes'])).freeze(), variant(cfg, ema_decay=0.0), cfg.phase1_epochs, len(source), 0.0, cfg.phase1_lr)
     loop.val_feats, head, total, rows = torch.from_numpy(feats['val']).to(dev), loop.model.head, cfg.phase1_epochs * len(source), []
     kept = {(d, w): averaged(head, variant(cfg, ema_decay=d, ema_warmup=w)) for d in DECAYS for w in (False, True)}

@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['fine_tune', 'phase2', 'with_weights', 'phase2_model', 'phase2_logits', 'direct', 'direct_logits', 'lora_config',
-           'draw_ways', 'class_table']
+           'class_table']
 
 # %% ../nbs/06_phase2.ipynb #5f185f5b
-import numpy as np
-
 from .data import load_split, splits
-from .kit.figures import subplots
 from .kit.stage import stage, variant
 from .model import add_lora, classifier, device, merge_lora
 from .phase1 import phase1_model, score, training_data
@@ -18,15 +15,15 @@ from .train import fit
 
 # %% ../nbs/06_phase2.ipynb #5942c487
 def fine_tune(model, cfg, epochs: int, folder, name: str) -> dict:
-    "Train a whole classifier at the rates of phase 2, or LoRA's matrices in place of the backbone's weights; return what `fit` does, with plain weights."
+    "Train a classifier at the rates of phase 2, or LoRA's matrices in place of the backbone's; return as `fit` does."
     rates = dict(lr_backbone=cfg.lr_backbone, lr_head=cfg.lr_head, layer_decay=cfg.layer_decay)
     if cfg.lora_rank: model = add_lora(model, cfg.lora_rank)
-    result = fit(model, training_data(cfg), load_split(cfg, 'val', device(cfg)), cfg, epochs=epochs, folder=folder, name=name, **rates)
+    val = load_split(cfg, 'val', device(cfg))
+    result = fit(model, training_data(cfg), val, cfg, epochs=epochs, folder=folder, name=name, **rates)
     if not cfg.lora_rank: return result
     model.load_state_dict(result['weights'])
-    return result | {'weights': merge_lora(model).state_dict()}
+    return result | {'weights': merge_lora(model).state_dict()}  # plain ones
 
-# %% ../nbs/06_phase2.ipynb #88a4c182
 @stage
 def phase2(cfg, folder):
     "Train backbone and head from where phase 1 ended."
@@ -52,7 +49,8 @@ def phase2_logits(cfg, folder):
 @stage
 def direct(cfg, folder):
     "Train backbone and head together from a fresh head, for as many epochs as both phases."
-    return fine_tune(classifier(cfg, len(splits(cfg)['classes'])), cfg, cfg.phase1_epochs + cfg.phase2_epochs, folder, 'direct')
+    model, epochs = classifier(cfg, len(splits(cfg)['classes'])), cfg.phase1_epochs + cfg.phase2_epochs
+    return fine_tune(model, cfg, epochs, folder, 'direct')
 
 @stage
 def direct_logits(cfg, folder):
@@ -63,20 +61,10 @@ def lora_config(cfg, rank: int = 8):
     "Return the configuration of phase 2 with LoRA in place of the backbone's weights."
     return variant(cfg, lora_rank=rank, lr_backbone=cfg.lr_head)
 
-# %% ../nbs/06_phase2.ipynb #9eb5ded1
-def draw_ways(histories: dict, title: str):  # name → (epochs before it, history)
-    "Draw validation accuracy of the averaged weights over all epochs, for each way to train; return the figure."
-    fig, ax = subplots(size=(6.4, 3))
-    for (name, (before, history)), style in zip(histories.items(), ('o-', 's-', '^--', 'D:')):
-        ax.plot([before + r['epoch'] for r in history], [100 * r['val_accuracy'] for r in history], style, ms=4, label=name)
-    ax.set(xlabel='epoch', ylabel='validation accuracy (%)', title=title)
-    ax.legend(loc='lower right')
-    return fig
-
 # %% ../nbs/06_phase2.ipynb #64e4fcd6
 def class_table(logits, labels, classes: list) -> list[dict]:
     "Return precision, recall and F1 of each class, in percent, with the number of images."
     from sklearn.metrics import precision_recall_fscore_support
-    p, r, f, n = precision_recall_fscore_support(labels, logits.argmax(1), labels=range(len(classes)), zero_division=0)
-    return [{'class': c, 'precision': 100 * float(p[i]), 'recall': 100 * float(r[i]), 'f1': 100 * float(f[i]), 'n': int(n[i])}
-            for i, c in enumerate(classes)]
+    columns = precision_recall_fscore_support(labels, logits.argmax(1), labels=range(len(classes)), zero_division=0)
+    return [{'class': c, 'precision': 100 * float(p), 'recall': 100 * float(r), 'f1': 100 * float(f), 'n': int(n)}
+            for c, p, r, f, n in zip(classes, *columns)]

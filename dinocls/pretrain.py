@@ -36,7 +36,7 @@ from .kit.machine import progress
 from .kit.stage import stage, variant
 from .model import BACKBONES, _fit_weights, _read_weights, backbone, device, infer, outline, random_backbone
 from .probe import knn, linear_probe, pixels, probe_one
-from .train import Checkpointer, Loop, checkpoints, compile_pays, load_checkpoint, optimise, start
+from .train import Checkpointer, Loop, checkpoints, compiles, load_checkpoint, optimise, start
 
 # %% ../nbs/A1_pretrain.ipynb #8a5e8a39
 def affine(b: int, cfg, generator, strength: float = 1.0) -> Tensor:  # (b, 2, 3)
@@ -253,13 +253,10 @@ def pretrain_epoch(loop: Loop, forward, images: Tensor, epochs: int,
     return {'epoch': loop.epoch, 'loss': loss} | ({} if answers is None else certainty(answers, cfg))
 
 # %% ../nbs/A1_pretrain.ipynb #33fc271d
-def quicken(loop: Loop, images: Tensor, epochs: int, plain: float):  # seconds a step
-    "Compile student and teacher for what is left of training, if asked or if it pays; the first epoch says what a step takes."
-    size, left = loop.cfg.batch_size, epochs - loop.epoch
-    if loop.cfg.compile == 'off' or not left: return
-    x, steps = preprocess(images[:size].repeat(2, 1, 1, 1), loop.cfg), left * max(1, len(images) // size)
-    if loop.cfg.compile == 'auto' and not compile_pays(loop, x, steps, plain): return
-    torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
+def quicken(loop: Loop, images: Tensor, epochs: int, plain: float = 0):
+    "Compile student and teacher for what is left of training, if that is wanted (chapter 4)."
+    left = (epochs - loop.epoch) * max(1, len(images) // loop.cfg.batch_size)
+    if not left or not compiles(loop.cfg, loop.accelerator.device, left): return
     for net in (loop.model, loop.ema.module): net.compile(dynamic=False)  # a local view is another graph
 
 # %% ../nbs/A1_pretrain.ipynb #376aee86

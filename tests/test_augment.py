@@ -9,8 +9,8 @@ from torchvision.transforms.v2 import functional as reference
 
 from dinocls.kit import config
 from dinocls.augment import (
-    MEAN, OPS, STD, augment, autoaugment, brightness, by_op, contrast, enlarge, erase, flip, jitter, magnitude,
-    mix, mixed_loss, preprocess, randaugment, saturation, shift, turn_hue, uniform, warp)
+    MEAN, OPS, STD, adjust_brightness, adjust_contrast, adjust_saturation, augment, autoaugment, by_op, enlarge, erase,
+    flip, jitter, magnitude, mix, mixed_loss, preprocess, randaugment, shift, turn_hue, uniform, warp)
 
 STEP = 1 / 255
 RAND = v2.RandAugment()
@@ -20,7 +20,8 @@ seed = lambda s=0: torch.Generator().manual_seed(s)
 def pictures(h=32, w=32) -> torch.Tensor:
     "Return noise, smooth colours, flat, black, white and nearly grey images with 8-bit values, 0 … 1."
     noise = torch.randint(0, 256, (12, 3, h, w), generator=seed(9)).float() / 255
-    smooth = (F.interpolate(torch.rand(12, 3, 4, 4, generator=seed(8)), (h, w), mode='bicubic').clamp(0, 1) * 255).round() / 255
+    coarse = torch.rand(12, 3, 4, 4, generator=seed(8))
+    smooth = (F.interpolate(coarse, (h, w), mode='bicubic').clamp(0, 1) * 255).round() / 255
     x = torch.where(torch.arange(12).view(-1, 1, 1, 1) % 2 == 0, noise, smooth)
     x[1], x[3], x[5], x[7] = 0.4, 0, 1, x[7].mean(0).mul(255).round() / 255
     return x
@@ -45,10 +46,12 @@ def test_an_operation_agrees_with_torchvision_at_each_level(op, size):
         table, signed = theirs[op][0](bins, *size), theirs[op][1]
         levels, signs = torch.arange(bins) / (bins - 1), torch.where(torch.arange(bins) % 3 == 0, -1, 1)
         m = magnitude(op, levels, signs, size)
-        if table is not None: torch.testing.assert_close(m, table.float() * (signs if signed else 1), atol=1e-5, rtol=1e-5)
+        if table is not None:
+            torch.testing.assert_close(m, table.float() * (signs if signed else 1), atol=1e-5, rtol=1e-5)
         batch = x[torch.arange(bins) % 12]
         wanted = one_by_one(batch, m, lambda t, k: RAND._apply_image_or_video_transform(t, op, k, 'nearest', {}))
-        nudges = (1,) if size == (32, 32) or op not in ('ShearX', 'ShearY') else (1, 1 - 1e-5, 1 + 1e-5)  # a place halfway between two pixels rounds either way
+        exact = size == (32, 32) or op not in ('ShearX', 'ShearY')
+        nudges = (1,) if exact else (1, 1 - 1e-5, 1 + 1e-5)  # a place halfway between two pixels rounds either way
         off = torch.stack([(OPS[op](batch, m.view(-1, 1, 1, 1) * k) - wanted).abs() for k in nudges]).amin(0) > STEP
         assert not off.any(), f'{op}: {100 * off.float().mean():.3f} % of the values'
 
@@ -64,7 +67,8 @@ def test_jitter_agrees_with_torchvision_with_a_factor_an_image():
 
 
 @pytest.mark.parametrize(('ours', 'theirs', 'low', 'high'), [
-    (brightness, reference.adjust_brightness, 0, 2), (contrast, reference.adjust_contrast, 0, 2), (saturation, reference.adjust_saturation, 0, 2), (turn_hue, reference.adjust_hue, -0.5, 0.5)])
+    (adjust_brightness, reference.adjust_brightness, 0, 2), (adjust_contrast, reference.adjust_contrast, 0, 2),
+    (adjust_saturation, reference.adjust_saturation, 0, 2), (turn_hue, reference.adjust_hue, -0.5, 0.5)])
 def test_each_change_of_colour_agrees_with_torchvision(ours, theirs, low, high):
     x, f = pictures().repeat(4, 1, 1, 1), torch.linspace(low, high, 48).view(-1, 1, 1, 1)
     assert (ours(x, f) - one_by_one(x, f.flatten(), theirs)).abs().max() < STEP / 10
@@ -73,8 +77,9 @@ def test_each_change_of_colour_agrees_with_torchvision(ours, theirs, low, high):
 def test_a_flip_and_a_shift_are_torchvisions():
     x = pictures(12, 16).repeat(20, 1, 1, 1)
     flipped, moved = flip(x, seed()), shift(x, 2, seed())
-    turned = torch.tensor([torch.equal(t, reference.horizontal_flip(u)) and not torch.equal(t, u) for t, u in zip(flipped, x)])
-    assert torch.equal(flipped[~turned], x[~turned]) and 60 < turned.sum() < 140  # two of the twelve pictures are flat, and one more is black
+    mirror = reference.horizontal_flip
+    turned = torch.tensor([torch.equal(t, mirror(u)) and not torch.equal(t, u) for t, u in zip(flipped, x)])
+    assert torch.equal(flipped[~turned], x[~turned]) and 60 < turned.sum() < 140  # two of twelve are flat, one is black
     padded, places = reference.pad(x, [2, 2, 2, 2]), []
     for t, u in zip(moved, padded):
         places.append([(i, j) for i in range(5) for j in range(5) if torch.equal(t, reference.crop(u, i, j, 12, 16))])
@@ -89,7 +94,8 @@ def test_erasing_replaces_a_box_as_torchvision_does():
         rows, cols = ((t != 2).any(0).any(d).nonzero().flatten().tolist() for d in (1, 0))
         if not rows: continue
         i, j, h, w = rows[0], cols[0], len(rows), len(cols)
-        assert torch.equal(t, reference.erase(u, i, j, h, w, t[:, i:i + h, j:j + w])) and (t[:, i:i + h, j:j + w] <= 1).all()
+        noise = t[:, i:i + h, j:j + w]
+        assert torch.equal(t, reference.erase(u, i, j, h, w, noise)) and (noise <= 1).all()
         sides.append((h, w))
     areas = np.prod(sides, 1) / 1024
     assert 70 < len(sides) < 130 and 0.01 < areas.min() < 0.05 < 0.25 < areas.max() < 0.36 and len(set(sides)) > 40
@@ -98,24 +104,31 @@ def test_erasing_replaces_a_box_as_torchvision_does():
 @pytest.mark.parametrize('side', [20, 57])
 def test_prepare_agrees_with_torchvisions_resize(side):
     x = pictures()
-    wanted = reference.normalize(reference.resize(x, [side, side], v2.InterpolationMode.BICUBIC, antialias=side < 32).clamp(0, 1), MEAN, STD)
+    resized = reference.resize(x, [side, side], v2.InterpolationMode.BICUBIC, antialias=side < 32).clamp(0, 1)
+    wanted = reference.normalize(resized, MEAN, STD)
     assert (preprocess(x, config.preset('smoke', image_size=side)) - wanted).abs().max() < STEP
 
 
 @pytest.mark.parametrize(('vary', 'kinds'), [
-    (lambda x, g: flip(x, g), 2), (lambda x, g: shift(x, 4, g), 81), (lambda x, g: erase(x, 1, g), 512), (lambda x, g: brightness(x, uniform(x, 0.8, 1.2, g)), 512),
-    (lambda x, g: contrast(x, uniform(x, 0.8, 1.2, g)), 512), (lambda x, g: saturation(x, uniform(x, 0.8, 1.2, g)), 512), (lambda x, g: turn_hue(x, uniform(x, -0.1, 0.1, g)), 512)])
+    (lambda x, g: flip(x, g), 2), (lambda x, g: shift(x, 4, g), 81), (lambda x, g: erase(x, 1, g), 512),
+    (lambda x, g: adjust_brightness(x, uniform(x, 0.8, 1.2, g)), 512),
+    (lambda x, g: adjust_contrast(x, uniform(x, 0.8, 1.2, g)), 512),
+    (lambda x, g: adjust_saturation(x, uniform(x, 0.8, 1.2, g)), 512),
+    (lambda x, g: turn_hue(x, uniform(x, -0.1, 0.1, g)), 512)])
 def test_each_augmentation_draws_for_each_image(vary, kinds):
     x = (pictures()[9:10] * 0.5 + 0.2).repeat(512, 1, 1, 1)
     assert len({t.numpy().tobytes() for t in vary(x, seed())}) >= 0.97 * kinds
     assert torch.equal(vary(x, seed(1)), vary(x, seed(1))) and not torch.equal(vary(x, seed(1)), vary(x, seed(2)))
 
 
-@pytest.mark.parametrize('fields', [{'mixup': 0.0, 'cutmix': 1.0}, {'mixup': 1.0, 'cutmix': 0.0}, {'mixup': 1.0, 'cutmix': 1.0}])
+@pytest.mark.parametrize('fields', [
+    {'mixup': 0.0, 'cutmix': 1.0}, {'mixup': 1.0, 'cutmix': 0.0}, {'mixup': 1.0, 'cutmix': 1.0}])
 def test_mixing_draws_for_each_pair(fields):
-    x, y, cfg = pictures(64, 64).repeat(20, 1, 1, 1), torch.arange(240), config.preset('cifar', mix_probability=1.0, **fields)
+    x, y = pictures(64, 64).repeat(20, 1, 1, 1), torch.arange(240)
+    cfg = config.preset('cifar', mix_probability=1.0, **fields)
     mixed, a, b, lam = mix(x, y, cfg, seed())  # CutMix alone: a square box of whole pixels has one of 65 sides
-    assert lam.unique().numel() > (150 if cfg.mixup else 60) and torch.equal(b.sort().values, y) and (a != b).float().mean() > 0.9
+    assert lam.unique().numel() > (150 if cfg.mixup else 60)
+    assert torch.equal(b.sort().values, y) and (a != b).float().mean() > 0.9
     assert all(torch.equal(s, t) for s, t in zip((mixed, a, b, lam), mix(x, y, cfg, seed())))
 
 
@@ -141,7 +154,9 @@ def test_hue_leaves_grey_alone_and_a_full_circle_changes_nothing():
     assert torch.equal(turn_hue(x[3:4], half[:1]), x[3:4])
 
 
-@pytest.mark.parametrize('fields', [{}, {'hue': 0.1}, {'policy': 'randaugment'}, {'policy': 'autoaugment'}, {'policy': 'randaugment', 'randaugment_ops': 1, 'randaugment_magnitude': 30}])
+@pytest.mark.parametrize('fields', [
+    {}, {'hue': 0.1}, {'policy': 'randaugment'}, {'policy': 'autoaugment'},
+    {'policy': 'randaugment', 'randaugment_ops': 1, 'randaugment_magnitude': 30}])
 def test_each_image_has_its_own_draw_and_a_seed_fixes_the_batch(fields):
     cfg = config.preset('cifar', **fields)
     image = (pictures()[:1] * 255).to(torch.uint8).repeat(64, 1, 1, 1)
@@ -163,7 +178,8 @@ def test_randaugment_takes_all_operations_but_inversion_and_none_twice_as_often(
     x, seen = (0.2 + 0.6 * pictures()[9:10]).repeat(2000, 1, 1, 1), {}
     out = randaugment(x, 1, 9, seed(3))
     for name in OPS:
-        kinds = {OPS[name](x[:1], magnitude(name, torch.tensor([0.3]), torch.tensor([s]), (32, 32)).view(1, 1, 1, 1)).numpy().tobytes() for s in (-1, 1)}
+        m = [magnitude(name, torch.tensor([0.3]), torch.tensor([s]), (32, 32)).view(1, 1, 1, 1) for s in (-1, 1)]
+        kinds = {OPS[name](x[:1], one).numpy().tobytes() for one in m}
         seen[name] = np.mean([t.numpy().tobytes() in kinds for t in out])
     assert seen.pop('Invert') == 0
     assert all(0.04 < share < 0.11 for share in seen.values()), seen
@@ -220,9 +236,10 @@ def test_one_alone_and_neither():
 
 
 def test_the_mixed_loss_is_the_reference_formula():
-    logits, a, b, lam = torch.randn(12, 10, generator=seed()), torch.arange(12) % 10, torch.arange(12).flip(0) % 10, torch.rand(12, generator=seed())
-    wanted = sum(k * F.cross_entropy(z[None], i[None], label_smoothing=0.1) + (1 - k) * F.cross_entropy(z[None], j[None], label_smoothing=0.1)
-                 for z, i, j, k in zip(logits, a, b, lam)) / 12
+    logits, lam = torch.randn(12, 10, generator=seed()), torch.rand(12, generator=seed())
+    a, b = torch.arange(12) % 10, torch.arange(12).flip(0) % 10
+    entropy = lambda z, y: F.cross_entropy(z[None], y[None], label_smoothing=0.1)
+    wanted = sum(k * entropy(z, i) + (1 - k) * entropy(z, j) for z, i, j, k in zip(logits, a, b, lam)) / 12
     torch.testing.assert_close(mixed_loss(logits, a, b, lam, 0.1), wanted)
 
 
@@ -231,9 +248,10 @@ def test_prepare_resizes_as_torch_does(size):
     x, side = pictures(*size), 57
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     plain = F.interpolate(x, (side, side), mode='bicubic', antialias=max(size) > side).clamp(0, 1)
-    ours = preprocess(x, config.preset('smoke', image_size=side))
+    cfg = config.preset('smoke', image_size=side)
+    ours = preprocess(x, cfg)
     assert (ours * std + mean - plain).abs().max() < 1e-5
-    assert (preprocess((x * 255).round().to(torch.uint8), config.preset('smoke', image_size=side)) - ours).abs().max() < 1e-4
+    assert (preprocess((x * 255).round().to(torch.uint8), cfg) - ours).abs().max() < 1e-4
 
 
 def test_prepare_at_the_native_size_only_normalises():
@@ -245,7 +263,8 @@ def test_prepare_at_the_native_size_only_normalises():
 def test_prepare_keeps_its_precision_under_autocast_and_serves_gradients_after_inference():
     x, cfg = pictures(), config.preset('smoke', image_size=50)  # a size that no other test asks for
     with torch.inference_mode(): first = preprocess(x, cfg)
-    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(preprocess(x, cfg), first) and preprocess(x, cfg).dtype == torch.float32
+    with torch.autocast('cpu', dtype=torch.bfloat16): again = preprocess(x, cfg)
+    assert torch.equal(again, first) and again.dtype == torch.float32
     leaf = x.clone().requires_grad_()
     preprocess(leaf, cfg).sum().backward()
     assert leaf.grad.abs().sum() > 0
@@ -255,7 +274,8 @@ def test_prepare_keeps_its_precision_under_autocast_and_serves_gradients_after_i
 def test_prepare_writes_over_a_batch_that_fits_and_over_no_other():
     x, cfg = pictures(), config.preset('smoke', image_size=57)
     fresh = preprocess(x, cfg)
-    for last in (None, torch.zeros(12, 3, 57, 57), torch.zeros(11, 3, 57, 57), torch.zeros(12, 3, 57, 57, dtype=torch.float64)):
+    double = torch.zeros(12, 3, 57, 57, dtype=torch.float64)
+    for last in (None, torch.zeros(12, 3, 57, 57), torch.zeros(11, 3, 57, 57), double):
         again = preprocess(x, cfg, out=last)
         assert torch.equal(again, fresh)
         assert (again is last) == (last is not None and last.shape == fresh.shape and last.dtype == fresh.dtype)

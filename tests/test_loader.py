@@ -1,4 +1,4 @@
-"The loader: the same batches from memory and from storage, for one process and for several, from any step on."
+"The loader: the same batches from memory and from storage, from any step on."
 import threading
 import time
 import tracemalloc
@@ -33,22 +33,31 @@ def test_tensor_array_and_file_give_the_same_batches(tmp_path, index):
     tensor = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).contiguous()
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # torch warns of arrays that it must not write to
-        loaders = [Loader(tensor, torch.from_numpy(LABELS), 16, 7, index=index), Loader(IMAGES, LABELS, 16, 7, index=index),
-                   Loader(stored(tmp_path), LABELS, 16, 7, index=index), Loader(stored(tmp_path), LABELS, 16, 7, index=index, memory_limit=1000)]
+        loaders = [Loader(tensor, torch.from_numpy(LABELS), 16, 7, index=index),
+                   Loader(IMAGES, LABELS, 16, 7, index=index), Loader(stored(tmp_path), LABELS, 16, 7, index=index),
+                   Loader(stored(tmp_path), LABELS, 16, 7, index=index, memory_limit=1000)]
         epochs = [[read(loader, e) for e in (0, 1)] for loader in loaders]
     assert [loader.resident for loader in loaders] == [True, True, True, False]
     for found in epochs[1:]: assert same(found[0], epochs[0][0]) and same(found[1], epochs[0][1])
     for x, y in epochs[0][0]:
         assert x.shape == (16, 3, 8, 6) and x.dtype == torch.uint8 and x.is_contiguous()
         assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), IMAGES[y.numpy()])
-    seen = torch.cat([y for _, y in epochs[0][0]])
-    assert len(set(seen.tolist())) == len(seen) and set(seen.tolist()) <= set(range(203) if index is None else index.tolist())
+    seen = torch.cat([y for _, y in epochs[0][0]]).tolist()
+    assert len(set(seen)) == len(seen) and set(seen) <= set(range(203) if index is None else index.tolist())
+
+
+def test_embeddings_come_in_the_order_of_their_images():
+    images = read(Loader(IMAGES, LABELS, 16, 7))
+    embeddings = torch.from_numpy(LABELS).float()[:, None].repeat(1, 5)
+    for (_, y), (z, u) in zip(images, read(Loader(embeddings, LABELS, 16, 7)), strict=True):
+        assert torch.equal(y, u) and torch.equal(z[:, 0], y.float())
 
 
 def test_order_follows_from_seed_and_epoch():
     first = read(Loader(IMAGES, LABELS, 16, 7))
     assert same(first, read(Loader(IMAGES, LABELS, 16, 7)))
-    assert not same(first, read(Loader(IMAGES, LABELS, 16, 7), 1)) and not same(first, read(Loader(IMAGES, LABELS, 16, 8)))
+    assert not same(first, read(Loader(IMAGES, LABELS, 16, 7), 1))
+    assert not same(first, read(Loader(IMAGES, LABELS, 16, 8)))
     assert all(torch.equal(y, torch.from_numpy(LABELS)[i]) for (_, y), i in zip(first, batches(203, 16, 7, 0)))
 
 
@@ -60,15 +69,6 @@ def test_an_epoch_goes_on_at_any_step(tmp_path, limit):
     for start in (0, 1, 7, 12): assert same(read(loader, 3, start), whole[start:])
     for start in (-1, 13):
         with pytest.raises(UserError, match='start='): read(loader, 3, start)
-
-
-@pytest.mark.parametrize('world', [2, 3, 5])
-def test_processes_share_each_batch(tmp_path, world):
-    single = read(Loader(IMAGES, LABELS, 16, 7), 2)
-    shares = [read(Loader(stored(tmp_path), LABELS, 16, 7, rank=r, world=world, memory_limit=0), 2) for r in range(world)]
-    for step, (x, y) in enumerate(single):
-        assert torch.equal(torch.cat([s[step][1] for s in shares]).sort().values, y.sort().values)
-        for r in range(world): assert torch.equal(shares[r][step][0], x[r::world]) and torch.equal(shares[r][step][1], y[r::world])
 
 
 @pytest.mark.parametrize(('n', 'size', 'steps'), [(17, 16, 1), (33, 16, 2), (32, 16, 2), (5, 16, 1), (2, 16, 1)])
@@ -87,7 +87,8 @@ def test_the_set_is_not_copied(tmp_path):
     tracemalloc.start()  # counts NumPy's memory; the resident tensor is torch's
     try:
         resident = Loader(file, np.zeros(4000, int), 16, 0)
-        assert resident.resident and resident.images.nbytes == big.nbytes and tracemalloc.get_traced_memory()[1] < big.nbytes
+        assert resident.resident and resident.images.nbytes == big.nbytes
+        assert tracemalloc.get_traced_memory()[1] < big.nbytes
         tracemalloc.reset_peak()
         streamed = Loader(file, np.zeros(4000, int), 16, 0, memory_limit=0)
         for _ in streamed.epoch(0): pass
@@ -120,10 +121,11 @@ def test_an_error_while_reading_reaches_the_caller(tmp_path):
 
 
 @pytest.mark.parametrize(('change', 'says'), [
-    ({'images': IMAGES.astype(np.float32)}, 'takes uint8 images'), ({'images': IMAGES[0]}, 'takes uint8 images'), ({'labels': LABELS[:5]}, 'one label an image'),
-    ({'rank': 2, 'world': 2}, 'rank=2'), ({'batch_size': 1}, 'at least 2'), ({'batch_size': 4, 'world': 5}, 'at least 5'), ({'index': [3]}, 'at least 2')])
+    ({'images': IMAGES.astype(np.float32)}, 'takes uint8 images'), ({'images': IMAGES[0]}, 'takes uint8 images'),
+    ({'labels': LABELS[:5]}, 'needs one per image'), ({'batch_size': 1}, 'at least 2'), ({'index': [3]}, 'at least 2')])
 def test_what_no_training_could_use_is_refused(change, says):
-    with pytest.raises(UserError, match=says): Loader(**{'images': IMAGES, 'labels': LABELS, 'batch_size': 16, 'seed': 0} | change)
+    with pytest.raises(UserError, match=says):
+        Loader(**{'images': IMAGES, 'labels': LABELS, 'batch_size': 16, 'seed': 0} | change)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
