@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'Backbone', 'conv_stem', 'random_backbone', 'outline', 'resize_positions', 'fit_weights', 'pool',
            'backbone', 'head', 'count', 'Classifier', 'classifier', 'depth_of', 'undecayed', 'param_groups', 'add_lora',
            'merge_lora', 'infer', 'block_seconds', 'bf16_gain', 'precision', 'autocast', 'plain_attention', 'device',
-           'features', 'seen_in_pretraining', 'parameter_row']
+           'features', 'seen_in_pretraining']
 
 # %% ../nbs/03_model.ipynb #2f8cc311
 import contextlib
@@ -348,18 +348,3 @@ def seen_in_pretraining(cfg) -> dict:  # split → images
     data, made_by = loaded(cfg), variant(cfg, **made_from)
     index = sample_unlabelled(data, make_splits(data, made_by), made_by)
     return {s: int(np.isin(found[s], index).sum()) for s in none}
-
-# %% ../nbs/03_model.ipynb #d161231e
-def parameter_row(name: str, image_size: int = 518,
-                  official: bool = False,  # count what only the official checkpoint holds as well
-                  classes: int = 10, widths=(1024, 512, 256), pooling: str = 'cls') -> dict:
-    "Count backbone, mask token, head and total of a backbone built for an image size."
-    spec, body = BACKBONES[name], outline(name, image_size)
-    with torch.device('meta'): top = count(head(spec.dim, classes, widths, [0] * len(widths), pooling))
-    cls = official and spec.registers > 0  # the official table then has a row for CLS
-    rows = 0 if body.pos_embed is None else body.pos_embed.shape[1] + cls
-    mask = spec.dim if official else 0
-    backbone = count(body) + mask + spec.dim * cls
-    return {'backbone': name, 'layout': 'official checkpoint' if official else 'built', 'image_size': image_size,
-            'positions': rows, 'registers': spec.registers, 'mask_token': mask, 'backbone_parameters': backbone,
-            'head_parameters': top, 'total': backbone + top}
