@@ -15,13 +15,15 @@ COMMAND = str(Path(sys.executable).with_name('dinocls'))
 
 def environment(**changes) -> dict:
     "Return this process's environment without what the driver or a user may have set for the book."
-    return {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {k: str(v) for k, v in changes.items()}
+    return {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {k: str(v)
+        for k, v in changes.items()}
 
 
 def dinocls(*args, **kwargs) -> subprocess.CompletedProcess:
     "Run the command line to its end."
     kwargs['env'] = environment(**kwargs.pop('env', {}))
-    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=kwargs.pop('cwd', ROOT), **kwargs)
+    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300,
+                          cwd=kwargs.pop('cwd', ROOT), **kwargs)
 
 
 def refused(result, *parts, status=2):
@@ -38,12 +40,16 @@ PARAMETERS = "preset: str = 'smoke'\noverrides: str = ''\nout: str = ''"
 
 def chapter(folder: Path, name: str, code: str, reads: str = 'nothing', parameters: str = PARAMETERS):
     "Write a chapter whose work is one cell of code."
-    cell = lambda kind, source, **meta: {'cell_type': kind, 'id': f'{name}-{abs(hash(source)) % 10**8}', 'metadata': meta, 'source': source} | (
+    cell = lambda kind, source, **meta: {'cell_type': kind, 'id': f'{name}-{abs(hash(source)) % 10**8}',
+                                         'metadata': meta, 'source': source} | (
         {'outputs': [], 'execution_count': None} if kind == 'code' else {})
-    cells = [cell('markdown', f'# {name}\n\n> A chapter of the test book.'), cell('code', parameters, tags=['parameters']),
-             cell('markdown', f'| | |\n|---|---|\n| reads | {reads} |\n| writes | nothing |\n| cost | smoke 1 s |'), cell('code', code)]
+    cells = [cell('markdown', f'# {name}\n\n> A chapter of the test book.'),
+             cell('code', parameters, tags=['parameters']),
+             cell('markdown', f'| | |\n|---|---|\n| reads | {reads} |\n| writes | nothing |\n| cost | smoke 1 s |'),
+             cell('code', code)]
     spec = {'name': 'python3', 'language': 'python', 'display_name': 'python3'}
-    (folder/'nbs'/f'{name}.ipynb').write_text(json.dumps({'cells': cells, 'metadata': {'kernelspec': spec}, 'nbformat': 4, 'nbformat_minor': 5}))
+    (folder/'nbs'/f'{name}.ipynb').write_text(json.dumps({'cells': cells, 'metadata': {'kernelspec': spec},
+                                                          'nbformat': 4, 'nbformat_minor': 5}))
 
 
 def npm(folder: Path, monkeypatch, script: str):

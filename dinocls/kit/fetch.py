@@ -312,26 +312,22 @@ def weights_file(backbone: str, weights: str = '', hub: str = '') -> Path:  # as
         place, remedy = _places(url)[-1], f'put the file of {url} there, or give weights=<path to it>'
         form = Published(place.name, sha256, (url,), proof=read_weights)
         file, _ = fetch(place.name, place.parent, (form,), remedy)
-    if not file and (weights or own):
+    elif not file and (weights or own):
         raise UserError(f'There is no checkpoint at {weights or shipped(backbone)}: give the path of a .pth or '
                         '.safetensors file.')
-    file = file or _from_hub(backbone, hub)
+    elif not file:
+        from huggingface_hub import hf_hub_download
+        try: file = Path(hf_hub_download(f'timm/{hub}', 'model.safetensors'))
+        except Exception as e:  # the hub client raises many kinds
+            raise UserError(f'The weights of {backbone} are not in the cache and could not be downloaded '
+                            f'({type(e).__name__}): connect to the network, or give weights=<path to the official '
+                            '.pth>, or weights=random.') from None
     blob = file.resolve().name  # in the hub's cache, a file's SHA-256
     known = known or (blob if re.fullmatch('[0-9a-f]{64}', blob) else '')
     if known and weights_digest(backbone, str(file)) != known:
         mend = 'install dinocls again' if own else 'delete it, and it is fetched anew'
         raise UserError(f'{file} does not have the SHA-256 of its record: it is damaged or changed, so {mend}.')
     return file
-
-
-def _from_hub(backbone: str, hub: str) -> Path:
-    "Download the published weights of a backbone into the hub's cache."
-    from huggingface_hub import hf_hub_download
-    try: return Path(hf_hub_download(f'timm/{hub}', 'model.safetensors'))
-    except Exception as e:  # the hub client raises many kinds
-        raise UserError(f'The weights of {backbone} are not in the cache and could not be downloaded '
-                        f'({type(e).__name__}): connect to the network, or give weights=<path to the official .pth>, '
-                        'or weights=random.') from None
 
 
 def weights_record(backbone: str, weights: str = '', hub: str = '') -> dict:

@@ -111,18 +111,16 @@ def _decode_into(files: list, make) -> tuple[np.ndarray, dict]:  # make: shape â
 CACHE_FROM = 2**20  # bytes of files
 
 
-def _cache_file(root: Path, files: list) -> Path | None:
-    "Return where the decoded images of files under `root` are kept; None for small folders."
-    import PIL
-    seen = [(f.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
-    if sum(size for _, size, _ in seen) < CACHE_FROM: return None
-    return data_folder()/'decoded'/f'{digest(str(root.resolve()))[:12]}-{digest([1, PIL.__version__, seen])[:20]}.npy'
+def _in_memory(shape): return np.zeros(shape, np.uint8)
 
 
 def decoded(root: Path, files: list) -> tuple[np.ndarray, dict]:  # uint8 (n, h, w, 3); index â†’ why it can't be read
     "Decode files under `root`, or open what an earlier process decoded."
-    file = _cache_file(root, files)
-    if not file: return _decode_into(files, lambda shape: np.zeros(shape, np.uint8))
+    import PIL
+    seen = [(f.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
+    if sum(size for _, size, _ in seen) < CACHE_FROM: return _decode_into(files, _in_memory)
+    name = f'{digest(str(root.resolve()))[:12]}-{digest([1, PIL.__version__, seen])[:20]}.npy'
+    file = data_folder()/'decoded'/name
     with contextlib.suppress(OSError, ValueError, UserError): return _open_cache(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +131,7 @@ def decoded(root: Path, files: list) -> tuple[np.ndarray, dict]:  # uint8 (n, h,
     except (OSError, UserError) as e:
         print(f'Note: decoded images cannot be kept in {file.parent} ({reason(e)}), so they are decoded again each '
               'time; DINOCLS_DATA names another folder.')
-        return _decode_into(files, lambda shape: np.zeros(shape, np.uint8))
+        return _decode_into(files, _in_memory)
 
 
 def _open_cache(file: Path) -> tuple[np.ndarray, dict]:
