@@ -34,7 +34,7 @@ from .kit.figures import subplots
 from .kit.files import UserError, replacing, write_json
 from .kit.machine import progress
 from .kit.stage import stage, variant
-from .model import BACKBONES, _fit_weights, _read_weights, backbone, device, infer, outline, random_backbone
+from .model import BACKBONES, backbone, device, fit_weights, infer, outline, random_backbone
 from .probe import knn, linear_probe, pixels, probe_one
 from .train import Checkpointer, Loop, checkpoints, compiles, load_checkpoint, optimise, start
 
@@ -285,8 +285,8 @@ def watcher(cfg, largest: int = 5000):  # images in the bank
 def started_from(student: Student, file: str) -> Student:  # the field `pretrain_from`; empty: as it is
     "Give a student the weights of a file: the backbone's, and the rest as far as it is in there. Raise `UserError` if the backbone is another one."
     if not file: return student
-    state, own = _read_weights(Path(file).expanduser()), student.state_dict()
-    _fit_weights(student.backbone, {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')} or state, file)
+    state, own = fetch.read_weights(Path(file).expanduser()), student.state_dict()
+    fit_weights(student.backbone, {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')} or state, file)
     rest = {k: v for k, v in state.items() if not k.startswith('backbone.') and k in own and v.shape == own[k].shape}
     student.load_state_dict(rest, strict=False)
     return student

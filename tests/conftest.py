@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -89,6 +90,38 @@ def in_process(capfd, monkeypatch):
         except SystemExit as e: status = e.code or 0
         return subprocess.CompletedProcess(args, status, *capfd.readouterr())
     return call
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    "Keep what tests fetch and decode out of the user's folders, and their mirrors and npm out of the tests."
+    npm(tmp_path/'bin', monkeypatch, 'echo "npm error The registry is closed for the test" >&2; exit 1')
+    monkeypatch.setenv('DINOCLS_DATA', str(tmp_path/'data'))
+    monkeypatch.delenv('DINOCLS_MIRRORS', raising=False)
+    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.delenv(name, raising=False)
+    from dinocls.kit import datasets
+    monkeypatch.setattr(datasets, 'MIRRORS', {})
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    "Refuse every host but this machine; return the list of those that were asked for."
+    asked, look_up, connect = [], socket.getaddrinfo, socket.socket.connect
+
+    def refuse(host, error):
+        if host not in ('127.0.0.1', 'localhost'):
+            asked.append(host)
+            raise error
+    def name(host, *args, **more):
+        refuse(host, socket.gaierror(-3, 'Temporary failure in name resolution'))
+        return look_up(host, *args, **more)
+
+    def reach(self, address):
+        refuse(address[0], OSError(101, 'Network is unreachable'))
+        return connect(self, address)
+    monkeypatch.setattr(socket, 'getaddrinfo', name)
+    monkeypatch.setattr(socket.socket, 'connect', reach)
+    return asked
 
 
 @pytest.fixture(scope='session')

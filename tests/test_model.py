@@ -1,25 +1,20 @@
 "Backbones of every kind, where their weights come from, and what is trained of them."
 import copy
-import hashlib
-import http.server
 import re
 import sys
-import threading
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from dinocls.kit import config, fetch
+from dinocls.kit import config
 from dinocls import model
 from dinocls.app.cli import settings
 from dinocls.kit.files import UserError
-from dinocls.model import (
-    BACKBONES, Classifier, add_lora, backbone, head, merge_lora, param_groups, random_backbone, weights_at_hand,
-    weights_file)
+from dinocls.kit.stage import content_of
+from dinocls.model import BACKBONES, Classifier, add_lora, backbone, head, merge_lora, param_groups, random_backbone
 
 KINDS = ('book-digits', 'book-stem', 'dinov2_vits14', 'dinov2_vits14_reg', 'dinov3_vits16')
 
@@ -50,97 +45,12 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def host():
-    "Serve files from memory, with ranges; a connection breaks after `most` bytes."
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append((self.path, self.headers.get('Range')))
-            if self.path not in files: return self.send_error(404)
-            content, start = files[self.path], int((re.search(r'\d+', self.headers.get('Range') or '0'))[0])
-            self.send_response(206 if start else 200)
-            if start: self.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
-            self.send_header('Content-Length', str(len(content) - start))
-            self.end_headers()
-            self.wfile.write(content[start:start + most[0]])
-        def log_message(self, *_): pass
-
-    files, asked, most = {}, [], [10**9]
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}', files, asked, most
-    server.shutdown()
-
-
-@pytest.fixture(scope='module')
-def digits(): return fetch.shipped('book-digits').read_bytes()
-
-
-def sha256(content): return hashlib.sha256(content).hexdigest()
-
-
-def test_a_broken_download_goes_on_and_is_then_used_without_a_network(cache, host, digits):
-    url, files, asked, most = host
-    files['/digits.safetensors'], most[0] = digits, len(digits) // 3 + 1
-    address = f'{url}/digits.safetensors#sha256={sha256(digits)}'
-    assert weights_at_hand('book-digits', address) is None
-    file = weights_file('book-digits', address)
-    assert file.read_bytes() == digits and [r for _, r in asked] == [None, *(f'bytes={n}-' for n in range(most[0], len(digits), most[0]))]
-    files.clear()
-    assert weights_file('book-digits', address) == weights_at_hand('book-digits', address) == file
-    assert {p.suffix for p in file.parent.iterdir()} == {'.safetensors', '.lock'}
-    assert torch.equal(backbone('book-digits', 32, address).norm.weight, backbone('book-digits', 32).norm.weight)
-    assert model.weights_record('book-digits', address)['sha256'] == sha256(digits)
-
-
-def test_what_is_not_what_was_asked_for_is_not_kept(cache, host, digits):
-    url, files, _, _ = host
-    files |= {'/digits.safetensors': digits, '/login.pth': b'<html>please log in</html>'}
-    for address, say in ((f'{url}/digits.safetensors#sha256={"0" * 64}', 'nothing is kept: it has the SHA-256'), (f'{url}/login.pth', 'nothing is kept: .* damaged, or not one'),
-                         (f'{url}/none.pth', r'could not be downloaded .*Not Found'), ('http://127.0.0.1:9/a.pth', r'could not be downloaded .*refused')):
-        with pytest.raises(UserError, match=say): backbone('book-digits', 32, address)
-    assert {p.suffix for p in (cache/'torch'/'checkpoints').iterdir()} == {'.lock'}
-
-
-def test_files_of_one_name_are_told_apart(cache, host, digits):
-    url, files, _, _ = host
-    save_file({k: v + 1 for k, v in model._read_weights(fetch.shipped('book-digits')).items()}, cache/'other.safetensors')
-    files |= {'/a/model.safetensors': digits, '/b/model.safetensors': (cache/'other.safetensors').read_bytes()}
-    a, b = (backbone('book-digits', 32, f'{url}/{x}/model.safetensors').norm.bias for x in 'ab')
-    assert torch.allclose(a + 1, b, atol=2e-3) and torch.equal(a, backbone('book-digits', 32).norm.bias)
-    (cache/'torch'/'checkpoints'/'model.safetensors').write_bytes(b'of another program')
-    assert weights_file('book-digits', f'{url}/a/model.safetensors#sha256={sha256(digits)}').read_bytes() == digits
-
-
-def test_the_authors_file_is_found_in_the_cache_of_torch_hub(cache, monkeypatch):
-    place = cache/'torch'/'checkpoints'
-    for name, file in (('dinov2_vits14', 'dinov2_vits14_pretrain.pth'), ('dinov2_vitg14_reg', 'dinov2_vitg14_reg4_pretrain.pth')):
-        (place/file).write_bytes(b'')
-        assert weights_file(name, 'official') == place/file
-    monkeypatch.setattr(model, 'OFFICIAL', 'http://127.0.0.1:9')
-    with pytest.raises(UserError, match='dinov2_vits14_reg4_pretrain.pth could not be downloaded'): backbone('dinov2_vits14_reg', 28, 'official')
-    for name in ('dinov3_vits16', 'book-cifar'):
-        with pytest.raises(UserError, match='no open address'): backbone(name, 32, 'official')
-
-
 def test_keys_do_not_change_with_a_download(cache):
     for weights in ('official', '', 'https://host.invalid/a.pth'):
         cfg = config.preset('smoke', backbone='dinov2_vits14', image_size=28, weights=weights, out=str(cache/'run'))
-        before = model.features.key(cfg)
+        before = content_of(cfg, ('weights',))
         for name in ('dinov2_vits14_pretrain.pth', 'a.pth'): (cache/'torch'/'checkpoints'/name).write_bytes(b'1')
-        assert model.features.key(cfg) == before
-
-
-def test_a_file_in_the_hubs_cache_must_have_the_content_that_its_name_says(cache, digits, monkeypatch):
-    monkeypatch.setitem(BACKBONES, 'hub', model.Backbone(96, 8, 4, 3, 'some.model'))
-    folder = cache/'hub'/'models--timm--some.model'
-    for part in ('refs', 'blobs', 'snapshots/1'): (folder/part).mkdir(parents=True)
-    (folder/'refs'/'main').write_text('1')
-    (folder/'blobs'/sha256(digits)).write_bytes(digits)
-    (folder/'snapshots'/'1'/'model.safetensors').symlink_to(f'../../blobs/{sha256(digits)}')
-    assert weights_file('hub').read_bytes() == digits
-    (folder/'blobs'/sha256(digits)).write_bytes(digits[:-1] + b'!')
-    with pytest.raises(UserError, match='does not have the SHA-256 .* fetched anew'): weights_file('hub')
+        assert content_of(cfg, ('weights',)) == before
 
 
 @pytest.mark.parametrize('weights', ['official', 'random', 'https://host/a.pth#sha256=' + '0' * 64, ''])
@@ -163,7 +73,8 @@ def test_a_convolutional_stem_gives_the_tokens_of_patches():
     free = random_backbone('book-stem', 32, dynamic_img_size=True)
     for side in (8, 16, 32, 48):
         assert free.forward_features(torch.randn(2, 3, side, side)).shape == (2, 1 + (side // 4) ** 2, 96)
-        assert random_backbone('book-stem', side).forward_features(torch.randn(1, 3, side, side)).shape[1] == 1 + (side // 4) ** 2
+        assert random_backbone('book-stem',
+                               side).forward_features(torch.randn(1, 3, side, side)).shape[1] == 1 + (side // 4) ** 2
     with pytest.raises(AssertionError): m(torch.randn(1, 3, 16, 16))  # one size, unless it was built for any
     x = torch.randn(1, 3, 32, 32).requires_grad_()
     embed = free.patch_embed.eval()
@@ -172,20 +83,26 @@ def test_a_convolutional_stem_gives_the_tokens_of_patches():
     token = embed(x).flatten(1, 2)[0, 3 * 8 + 5]  # row 3, column 5
     seen = torch.autograd.grad(token.sum(), x)[0].abs().sum((0, 1)) > 0
     rows, columns = (torch.nonzero(seen.any(d)).flatten() for d in (1, 0))
-    assert 4 * 3 - 6 <= rows.min() <= 4 * 3 and rows.max() - rows.min() < 12 and 4 * 5 - 6 <= columns.min() <= 4 * 5, 'a token is at its place'
+    assert rows.max() - rows.min() < 12, 'a token sees its neighbourhood'
+    assert 4 * 3 - 6 <= rows.min() <= 4 * 3 and 4 * 5 - 6 <= columns.min() <= 4 * 5, 'a token is at its place'
 
 
 def test_dinov3_in_its_authors_layout():
     m = small('dinov3_vits16').backbone.eval()
-    state = {k.replace('reg_token', 'storage_tokens').replace('gamma_1', 'ls1.gamma').replace('gamma_2', 'ls2.gamma'): v for k, v in m.state_dict().items()}
-    state |= {'mask_token': torch.zeros(1, 96), 'rope_embed.periods': torch.ones(8)} | {f'blocks.{i}.attn.qkv.{b}': torch.zeros(288) for i in (0, 1) for b in ('bias', 'bias_mask')}
-    fit = lambda name, state: model._fit_weights(small(name).backbone, state, 'the file').eval()
+    state = {k.replace('reg_token', 'storage_tokens').replace('gamma_1', 'ls1.gamma').replace('gamma_2',
+        'ls2.gamma'): v for k, v in m.state_dict().items()}
+    state |= {'mask_token': torch.zeros(1, 96),
+              'rope_embed.periods': torch.ones(8)} | {f'blocks.{i}.attn.qkv.{b}': torch.zeros(288) for i in (0, 1)
+                                                      for b in ('bias', 'bias_mask')}
+    fit = lambda name, state: model.fit_weights(small(name).backbone, state, 'the file').eval()
     x = images(small('dinov3_vits16'))
     assert torch.equal(fit('dinov3_vits16', state)(x), m(x))
     for name in ('dinov2_vits14', 'dinov2_vits14_reg', 'book-digits'):
         with pytest.raises(UserError, match='holds the weights of another model'): fit(name, state)
-    for change in ({'blocks.0.attn.qkv.bias': torch.ones(288)}, {'patch_embed.proj.weight': torch.zeros(96, 3, 14, 14)}):
-        with pytest.raises(UserError, match=f'1 of its tensors do not fit, .{next(iter(change))}'): fit('dinov3_vits16', state | change)
+    for change in ({'blocks.0.attn.qkv.bias': torch.ones(288)},
+                   {'patch_embed.proj.weight': torch.zeros(96, 3, 14, 14)}):
+        with pytest.raises(UserError, match=f'1 of its tensors do not fit, .{next(iter(change))}'):
+            fit('dinov3_vits16', state | change)
 
 
 @pytest.mark.parametrize('name', KINDS)
@@ -196,10 +113,13 @@ def test_weight_decay_acts_on_matrices_only(name):
     groups = param_groups(m, 1e-6, 1e-4, 0.05)
     assert sorted(id(p) for g in groups for p in g['params']) == sorted(names)
     for g in groups:
-        assert (g['weight_decay'] == 0) == ('no decay' in g['name']) and g['lr'] == (1e-4 if g['name'].startswith('head') else 1e-6)
+        assert ((g['weight_decay'] == 0) == ('no decay' in g['name'])
+                and g['lr'] == (1e-4 if g['name'].startswith('head') else 1e-6))
         for n in (names[id(p)] for p in g['params']):
             assert n.startswith(g['name'].split(',')[0])
-            assert ('no decay' in g['name']) == bool(re.search(r'(bias|norm\d?\.weight|gamma(_\d)?|cls_token|reg_token|pos_embed|latent|head\.2\.weight|patch_embed\.proj\.[14]\.weight)$', n)), n
+            spared = (r'(bias|norm\d?\.weight|gamma(_\d)?|cls_token|reg_token|pos_embed|latent|'
+                      r'head\.2\.weight|patch_embed\.proj\.[14]\.weight)$')
+            assert ('no decay' in g['name']) == bool(re.search(spared, n)), n
 
 
 @pytest.mark.parametrize('name', KINDS)
@@ -210,9 +130,13 @@ def test_rates_fall_by_layer(name):
     for g in param_groups(m, 1.0, 5.0, 0.05, layer_decay=0.5):
         for n in (names[id(p)] for p in g['params']):
             if g['name'].startswith('head'): assert n.startswith('head.') and g['lr'] == 5
-            elif n.startswith('blocks.'): i = int(n.split('.')[1]); assert g['name'].startswith(f'backbone block {i},') and g['lr'] == 0.5 ** (blocks - i)
+            elif n.startswith('blocks.'):
+                i = int(n.split('.')[1])
+                assert g['name'].startswith(f'backbone block {i},') and g['lr'] == 0.5 ** (blocks - i)
             elif n.startswith('norm.'): assert g['name'].startswith('backbone norm,') and g['lr'] == 1
-            else: assert g['name'].startswith('backbone embeddings,') and g['lr'] == 0.5 ** (blocks + 1) and n.startswith(('cls_', 'reg_', 'pos_', 'patch_'))
+            else:
+                assert (g['name'].startswith('backbone embeddings,') and g['lr'] == 0.5 ** (blocks + 1)
+                        and n.startswith(('cls_', 'reg_', 'pos_', 'patch_')))
 
 
 @pytest.mark.parametrize('name', (*KINDS, 'dinov2_vitg14'))
@@ -223,10 +147,12 @@ def test_lora_trains_beside_the_weights_and_is_merged_into_them(name):
     optimiser = torch.optim.AdamW(param_groups(m.train(), 1e-2, 1e-2, 0.05))
     for _ in range(3): optimiser.zero_grad(); m(x).square().mean().backward(); optimiser.step()
     changed = {n for n, p in m.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n in before if 'lora_' in n or n.startswith('head.')} and sum('lora_A' in n for n in changed) == 4 * len(m.backbone.blocks)
+    assert (changed == {n for n in before if 'lora_' in n or n.startswith('head.')}
+            and sum('lora_A' in n for n in changed) == 4 * len(m.backbone.blocks))
     y = m.eval()(x)
     average = merge_lora(copy.deepcopy(m))
-    assert torch.allclose(average(x), y, rtol=1e-5, atol=1e-5) and torch.equal(m(x), y) and (y - plain(x)).abs().max() > 1e-3
+    assert (torch.allclose(average(x), y, rtol=1e-5, atol=1e-5) and torch.equal(m(x), y)
+            and (y - plain(x)).abs().max() > 1e-3)
     assert list(average.state_dict()) == list(plain.state_dict()) and all(p.requires_grad for p in average.parameters())
 
 
@@ -251,7 +177,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, rank):
     m.backbone.blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
     m.backbone.set_grad_checkpointing()
     again = gradients(m, x)
-    assert len(ran) == 2 and kept.keys() == again.keys() and bool(rank) == any('lora' in n for n in kept)  # the block ran a second time
+    # the block ran a second time
+    assert len(ran) == 2 and kept.keys() == again.keys() and bool(rank) == any('lora' in n for n in kept)
     for n in kept: torch.testing.assert_close(again[n], kept[n], rtol=1e-4, atol=1e-7)
 
 
@@ -260,7 +187,8 @@ def test_features_are_pooled_as_configured(tmp_path, pooling, dim):
     cfg = config.preset('smoke', pooling=pooling, out=str(tmp_path), train_size=20, val_size=20, test_size=20)
     feats, images = model.features(cfg), model.load_split(cfg, 'test')[0]
     cls = model.infer(backbone('book-digits', 32), images, cfg)
-    assert feats['test'].shape == (20, dim) and feats['weights']['sha256'] == model.shipped_record('book-digits')['sha256']
+    assert (feats['test'].shape == (20, dim)
+            and feats['weights']['sha256'] == model.shipped_record('book-digits')['sha256'])
     assert np.allclose(feats['test'][:, :96], cls, atol=1e-5) == (pooling != 'mean')
     assert model.classifier(cfg, 10).eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
@@ -282,7 +210,8 @@ def test_precision_on_a_cpu_is_measured_once_a_machine(tmp_path, monkeypatch):
         monkeypatch.setattr(model, 'block_seconds', lambda *args: asked.append(args) or [gain, 1.0])
         return model.precision(config.preset('smoke', **more), cpu)
     assert auto(1.7, backbone='book-cifar') == 'bf16'
-    assert auto(0.5) == 'fp32' and auto(1.1, backbone='dinov2_vits14', image_size=28) == 'fp32'  # too little to be sure of
+    # too little to be sure of
+    assert auto(0.5) == 'fp32' and auto(1.1, backbone='dinov2_vits14', image_size=28) == 'fp32'
     assert auto(0.1, backbone='book-cifar') == 'bf16' and len(asked) == 3  # remembered
     assert model.precision(config.preset('smoke', precision='fp32', backbone='book-cifar'), cpu) == 'fp32'
     assert model.precision(config.preset('smoke', precision='fp16'), cpu) == 'bf16'

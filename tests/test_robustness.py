@@ -1,8 +1,6 @@
 "Corruptions beside independent definitions of them, what a seed fixes, the published files, and the numbers drawn from answers."
 import colorsys
-import hashlib
 import io
-import tarfile
 
 import numpy as np
 import pytest
@@ -13,9 +11,8 @@ from scipy import ndimage
 from dinocls.kit import config
 from dinocls import report, robustness
 from dinocls.kit.files import UserError
-from dinocls.kit.fetch import Archive
 from dinocls.kit.corruptions import CORRUPTIONS, Draws, corrupt
-from dinocls.robustness import MODELS, benchmark, cifar10_1, cifar10_c, drop, robustness_metrics
+from dinocls.robustness import MODELS, benchmark, drop, robustness_metrics
 from dinocls.stats import mean_interval
 
 STRENGTHS = {  # as in the benchmark's published definition, typed a second time
@@ -181,58 +178,6 @@ def test_fog_snow_frost_and_spatter_do_to_black_and_white_what_they_should():
 def test_a_mistake_is_one_sentence(bad):
     with pytest.raises(UserError) as e: bad(pictures(2))
     assert '\n' not in str(e.value)
-
-
-def published_folder(root, labels=(3, 1, 2), names=('fog',), copies=5):
-    "Write small files in the format of CIFAR-10-C."
-    (folder := root/'CIFAR-10-C').mkdir(parents=True)
-    blocks = np.stack([np.full((len(labels), 32, 32, 3), s, np.uint8) for s in range(5)])
-    for name in names: np.save(folder/f'{name}.npy', blocks.reshape(-1, 32, 32, 3))
-    np.save(folder/'labels.npy', np.tile(np.array(labels, np.uint8), copies))
-    return folder
-
-
-def test_published_files_are_read_from_a_folder(tmp_path, monkeypatch):
-    folder = published_folder(tmp_path)
-    monkeypatch.setenv('DINOCLS_DATA', str(tmp_path))
-    for images, labels in (cifar10_c('fog'), cifar10_c('fog', str(folder)), cifar10_c('fog', str(tmp_path))):
-        assert labels.tolist() == [3, 1, 2] and images.shape == (5, 3, 32, 32, 3) and images[:, 0, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match='snow.npy is missing'): cifar10_c('snow')
-    with pytest.raises(UserError, match="did you mean 'fog'"): cifar10_c('fogg')
-    np.save(folder/'labels.npy', np.arange(15))
-    with pytest.raises(UserError, match='five blocks'): cifar10_c('fog')
-    np.save(folder/'labels.npy', np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match='cannot be read'): cifar10_c('fog')
-    np.save(folder/'fog.npy', np.zeros((15, 32, 32, 3)))
-    with pytest.raises(UserError, match='holds float64'): cifar10_c('fog')
-
-
-def test_published_files_are_fetched_and_checked(tmp_path, monkeypatch):
-    host, home = tmp_path/'host', tmp_path/'home'
-    folder = published_folder(host)
-    with tarfile.open(host/'CIFAR-10-C.tar', 'w') as tar: tar.add(folder, 'CIFAR-10-C')
-    digest = hashlib.md5((host/'CIFAR-10-C.tar').read_bytes()).hexdigest()
-    known = robustness.CIFAR10_C
-    nowhere = ('http://127.0.0.1:9/CIFAR-10-C.tar',)
-    monkeypatch.setattr(robustness, 'CIFAR10_C', Archive(known.file, digest, nowhere, known.folder, known.members))
-    with pytest.raises(UserError, match='could not be downloaded'): cifar10_c('fog', str(home))
-    monkeypatch.setenv('DINOCLS_MIRRORS', str(host))
-    assert cifar10_c('fog', str(home))[1].tolist() == [3, 1, 2]
-    assert sorted(p.name for p in (home/'CIFAR-10-C').iterdir()) == ['fog.npy', 'labels.npy']
-    monkeypatch.setattr(robustness, 'CIFAR10_C', Archive(known.file, '0' * 32, nowhere, known.folder, known.members))
-    with pytest.raises(UserError, match='another checksum'): cifar10_c('fog', str(tmp_path/'other'))
-
-
-def test_cifar10_1_is_fetched_and_checked(tmp_path, monkeypatch):
-    (host := tmp_path/'host').mkdir()
-    arrays = (np.zeros((4, 32, 32, 3), np.uint8), np.arange(4, dtype=np.int32))
-    for file, array in zip(robustness.CIFAR10_1, arrays): np.save(host/file, array)
-    blob = lambda content: hashlib.sha1(f'blob {len(content)}\0'.encode() + content).hexdigest()
-    monkeypatch.setenv('DINOCLS_MIRRORS', str(host))
-    with pytest.raises(UserError, match='is not the published file'): cifar10_1(str(tmp_path/'a'))
-    monkeypatch.setattr(robustness, 'CIFAR10_1', {file: blob((host/file).read_bytes()) for file in robustness.CIFAR10_1})
-    images, labels = cifar10_1(str(tmp_path/'b'))
-    assert images.shape == (4, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3]
 
 
 def made_up(wrong=(1, 1, 1, 2, 2, 2), n=10) -> dict:

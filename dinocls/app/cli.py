@@ -99,12 +99,13 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
 def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None):
     "Fetch the data and the weights that a preset needs."
     from ..kit.datasets import load_dataset
-    from ..model import backbone, weights_at_hand
+    from ..kit.fetch import weights_at_hand
+    from ..model import BACKBONES, backbone
     cfg = settings(preset, config, set, None)
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken)
     print(f'{_data_at_hand(cfg)}: {len(data.images):,} images.')
     backbone(cfg.backbone, cfg.image_size, cfg.weights or None)
-    file = weights_at_hand(cfg.backbone, cfg.weights)
+    file = weights_at_hand(cfg.backbone, cfg.weights, BACKBONES[cfg.backbone].timm)
     print(f'{cfg.backbone}: {f"weights are at hand in {file}" if file else "random weights, nothing to fetch"}.')
 
 
@@ -309,9 +310,10 @@ def _data_at_hand(cfg: Config) -> str:
 
 def _weights_at_hand(cfg: Config) -> str:
     "Say whether the configured weights are there, without fetching them."
-    from ..model import BACKBONES, remote, weights_at_hand
+    from ..kit.fetch import remote, weights_at_hand
+    from ..model import BACKBONES
     if cfg.weights == 'random': return 'random'
-    file = weights_at_hand(cfg.backbone, cfg.weights)
+    file = weights_at_hand(cfg.backbone, cfg.weights, BACKBONES[cfg.backbone].timm)
     if not cfg.weights and not BACKBONES[cfg.backbone].timm:
         return f'{cfg.backbone}, {"inside" if file else "not in"} the package'
     if file: return f'{cfg.backbone} in {file}'
