@@ -14,7 +14,7 @@ from urllib.error import URLError
 import numpy as np
 
 from .kit.fetch import _transfer, data_folder
-from .kit.figures import subplots
+from .kit.figures import headline, subplots
 from .kit.files import UserError, read_json, reason, replacing
 from .stats import wilson
 
@@ -26,15 +26,15 @@ def confusion(labels,  # true classes (n,)
     cells = np.asarray(labels) * classes + np.asarray(guesses)
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 
-# %% ../nbs/10_errors.ipynb #f9f73133
 def pair_table(labels, guesses, classes: list) -> list[dict]:  # names of the classes
-    "Return each pair of classes that is confused: errors in both directions, and their share of all errors in percent with its 95 % interval."
+    "Return each pair of classes that is confused: errors both ways, and their share of all (%) with its 95 % interval."
     wrong = confusion(labels, guesses, len(classes)) * (1 - np.eye(len(classes), dtype=int))
     total, rows = int(wrong.sum()), []
     for i, j in zip(*np.nonzero(np.triu(wrong + wrong.T))):
         errors = int(wrong[i, j] + wrong[j, i])
         low, high = wilson(errors / total, total)
-        rows.append({'a': classes[i], 'b': classes[j], 'errors': errors, 'a_as_b': int(wrong[i, j]), 'b_as_a': int(wrong[j, i]),
+        rows.append({'a': classes[i], 'b': classes[j], 'errors': errors, 'a_as_b': int(wrong[i, j]),
+                     'b_as_a': int(wrong[j, i]),
                      'share': 100 * errors / total, 'low': 100 * low, 'high': 100 * high})
     return sorted(rows, key=lambda r: -r['errors'])
 
@@ -42,21 +42,20 @@ def pair_table(labels, guesses, classes: list) -> list[dict]:  # names of the cl
 def hard_pairs(probabilities: np.ndarray,  # (n, classes)
                labels: np.ndarray,  # (n,)
                classes: list) -> list[dict]:
-    "Return each pair of classes with the mean probability (in percent) that an image of one gives to the other, the greatest first."
+    "Return each pair of classes with the mean probability (%) that an image of one gives to the other, greatest first."
     n = np.bincount(labels, minlength=len(classes))
     mass = np.zeros((len(classes), len(classes)))
     np.add.at(mass, labels, probabilities)  # row: true class
     i, j = np.triu_indices(len(classes), 1)
     share = 100 * (mass[i, j] + mass[j, i]) / np.maximum(1, n[i] + n[j])
-    return [{'a': classes[i[k]], 'b': classes[j[k]], 'probability': float(share[k]), 'images': int(n[i[k]] + n[j[k]])} for k in np.argsort(-share, kind='stable') if n[i[k]] + n[j[k]]]
+    return [{'a': classes[i[k]], 'b': classes[j[k]], 'probability': float(share[k]), 'images': int(n[i[k]] + n[j[k]])}
+            for k in np.argsort(-share, kind='stable') if n[i[k]] + n[j[k]]]
 
-# %% ../nbs/10_errors.ipynb #8f6c94af
 def border(probabilities: np.ndarray, labels: np.ndarray, a: int, b: int, k: int = 6) -> np.ndarray:  # up to k indices
     "Return the images of two classes that give most probability to both, the most torn first."
     mine = np.flatnonzero((labels == a) | (labels == b))
     return mine[np.argsort(-np.minimum(probabilities[mine, a], probabilities[mine, b]), kind='stable')[:k]]
 
-# %% ../nbs/10_errors.ipynb #3b70ceb0
 def worst_errors(probabilities: np.ndarray, labels: np.ndarray, k: int = 10) -> np.ndarray:  # up to k indices
     "Return the errors with the highest confidence, the most confident first."
     confidence, wrong = probabilities.max(1), np.flatnonzero(probabilities.argmax(1) != labels)
@@ -64,9 +63,10 @@ def worst_errors(probabilities: np.ndarray, labels: np.ndarray, k: int = 10) -> 
 
 # %% ../nbs/10_errors.ipynb #ba516a06
 def draw_answers(pictures, probabilities, labels, classes: list, title: str, top: int = 3):
-    "Draw up to ten images, label above, and below each the probabilities of the likeliest classes and of the label; return the figure."
+    "Draw up to ten images with their labels and the probabilities of the likeliest classes; return the figure."
     tall = max(1, -(-len(pictures) // 5))
-    fig, axes = subplots(2 * tall, 5, size=(6.4, 0.6 + 2 * tall * min(1, len(pictures))), gridspec_kw={'height_ratios': [3, 1.3] * tall})
+    fig, axes = subplots(2 * tall, 5, size=(6.4, 0.6 + 2 * tall * min(1, len(pictures))),
+                         gridspec_kw={'height_ratios': [3, 1.3] * tall})
     for ax in axes.flat: ax.axis('off')
     for k, (picture, p, y) in enumerate(zip(pictures, probabilities, labels)):
         ax, bars = axes[2 * (k // 5), k % 5], axes[2 * (k // 5) + 1, k % 5]
@@ -74,21 +74,21 @@ def draw_answers(pictures, probabilities, labels, classes: list, title: str, top
         ax.set_title(classes[y], fontsize=8, loc='center', fontweight='normal')
         rows = list(dict.fromkeys([*np.argsort(-p, kind='stable')[:top].tolist(), int(y)]))
         bars.barh(range(len(rows)), 100 * p[rows], color=['C0' if c == y else 'C3' for c in rows])
-        for r, c in enumerate(rows): bars.text(100 * p[c] + 3, r, f'{classes[c]} {100 * p[c]:.0f} %', va='center', fontsize=7)
+        for r, c in enumerate(rows):
+            bars.text(100 * p[c] + 3, r, f'{classes[c]} {100 * p[c]:.0f} %', va='center', fontsize=7)
         bars.set(xlim=(0, 200), ylim=(top + 0.6, -0.6))
-    fig.suptitle(title, x=0, ha='left', fontweight='bold', fontsize=11)
-    return fig
+    return headline(fig, title)
 
 # %% ../nbs/10_errors.ipynb #eab0f037
 def label_suspects(probabilities: np.ndarray,  # (n, classes), by a model that was not trained on these images
                    labels: np.ndarray) -> np.ndarray:  # indices
     "Return the images whose label confident learning doubts, the least probable label first."
     from cleanlab.filter import find_label_issues
-    return np.asarray(find_label_issues(labels, probabilities, filter_by='confident_learning', return_indices_ranked_by='self_confidence', n_jobs=1), dtype=int)
+    return np.asarray(find_label_issues(labels, probabilities, filter_by='confident_learning',
+                                        return_indices_ranked_by='self_confidence', n_jobs=1), dtype=int)
 
-# %% ../nbs/10_errors.ipynb #6eb0b11d
 def planted(probabilities: np.ndarray, labels: np.ndarray, share: float = 0.05, seed: int = 0) -> dict:
-    "Give a share of the images another label at random; return how many, how many of these are suspected, and how many of all are."
+    "Give a share of the images another label at random; return how many, how many of these are found, and all suspects."
     rng, classes = np.random.default_rng(seed), probabilities.shape[1]
     index = rng.choice(len(labels), max(1, round(share * len(labels))), replace=False)
     wrong = labels.copy()
@@ -120,24 +120,31 @@ def judge_file(what: str, root: str = '') -> Path:  # a name in JUDGES; a folder
 
 # %% ../nbs/10_errors.ipynb #0bfd0b0a
 def read_judges(root: str = '') -> dict:
-    "Return labels (n,), human votes (n, 10) and reviews (dicts) of CIFAR-10's test images in their original order. Raise `UserError` for files that are something else."
+    "Return labels (n,), votes (n, 10) and reviews of CIFAR-10's test images in their order. Raise `UserError` if they do not fit."
     files = {what: judge_file(what, root) for what in JUDGES}
     try:
         labels, votes = (np.load(files[k], allow_pickle=False).astype(np.int64) for k in ('labels', 'votes'))
-        review = [{'id': int(r['id']), 'given': int(r['given_original_label']), 'guessed': int(r['our_guessed_label']), **{f'for_{k}': int(r['mturk'][k]) for k in ('given', 'guessed', 'neither', 'both')}}
+        review = [{'id': int(r['id']), 'given': int(r['given_original_label']), 'guessed': int(r['our_guessed_label']),
+                   **{f'for_{k}': int(r['mturk'][k]) for k in ('given', 'guessed', 'neither', 'both')}}
                   for r in read_json(files['review'])]
-        fits = (votes.shape == (len(labels), 10) and (votes >= 0).all() and votes.any(1).all() and all(labels[r['id']] == r['given'] for r in review)
+        fits = (votes.shape == (len(labels), 10) and (votes >= 0).all() and votes.any(1).all()
+                and all(labels[r['id']] == r['given'] for r in review)
                 and (votes.argmax(1) == labels).mean() > 0.9)  # people and labels seldom differ: else the orders do
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as e: raise UserError(f'The judges of CIFAR-10 in {files["labels"].parent} cannot be read ({reason(e)}): delete {", ".join(f.name for f in files.values())}, and they are fetched anew.') from None
-    if not fits: raise UserError(f'The judges of CIFAR-10 in {files["labels"].parent} do not belong together: delete {", ".join(f.name for f in files.values())}, and they are fetched anew.')
+        why = '' if fits else 'do not belong together'
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as e: why = f'cannot be read ({reason(e)})'
+    if why:
+        raise UserError(f'The judges of CIFAR-10 in {files["labels"].parent} {why}: '
+                        f'delete {", ".join(f.name for f in files.values())}, and they are fetched anew.')
     return {'labels': labels, 'votes': votes, 'review': review}
 
 # %% ../nbs/10_errors.ipynb #fd87023c
 def original_order(labels: np.ndarray,  # of all test images as they are stored (n,)
                    original: np.ndarray) -> np.ndarray:  # in the original order (n,) → position of each stored image
-    "Return where each stored test image stands in the original order. Raise `UserError` if it is neither in that order nor sorted by class."
-    if not (len(labels) == len(original) and (np.array_equal(labels, original) or np.array_equal(labels, np.sort(original)))):
-        raise UserError(f'The {len(labels):,} test images are neither in the original order of CIFAR-10 nor sorted by class, so the judges cannot be assigned to them: use its original files.')
+    "Return where each stored test image stands in the original order. Raise `UserError` for any order but two."
+    if not (len(labels) == len(original)
+            and (np.array_equal(labels, original) or np.array_equal(labels, np.sort(original)))):
+        raise UserError(f'The {len(labels):,} test images are neither in the original order of CIFAR-10 nor sorted by '
+                        'class, so the judges cannot be assigned to them: use its original files.')
     place = np.empty(len(labels), dtype=int)
     place[np.argsort(labels, kind='stable')] = np.argsort(original, kind='stable')
     return place
@@ -145,7 +152,8 @@ def original_order(labels: np.ndarray,  # of all test images as they are stored 
 # %% ../nbs/10_errors.ipynb #ab897f9d
 def side(preferred, label: int, guess: int) -> str:  # the class that a judge prefers; None: it is silent; −1: none
     "Say with whom a judge sides who prefers a class."
-    return 'silent' if preferred is None else 'label' if preferred == label else 'model' if preferred == guess else 'neither'
+    return ('silent' if preferred is None else 'label' if preferred == label else 'model' if preferred == guess
+            else 'neither')
 
 def verdicts(label: int, guess: int,
              votes: np.ndarray,  # people for each class
@@ -153,24 +161,28 @@ def verdicts(label: int, guess: int,
              twin: int | None) -> dict:  # label of a near-duplicate; None: there is none
     "Return with whom each judge sides over an image on which label and model differ."
     most = np.flatnonzero(votes == votes.max())
-    reviewed = None if review is None else review['given'] if review['for_given'] >= 3 else review['guessed'] if review['for_guessed'] >= 3 else -1
-    return {'reviewed label': side(reviewed, label, guess), 'human votes': side(int(most[0]) if len(most) == 1 else -1, label, guess), 'near-duplicate': side(twin, label, guess)}
+    reviewed = (None if review is None else review['given'] if review['for_given'] >= 3 else review['guessed']
+                if review['for_guessed'] >= 3 else -1)
+    return {'reviewed label': side(reviewed, label, guess),
+            'human votes': side(int(most[0]) if len(most) == 1 else -1, label, guess),
+            'near-duplicate': side(twin, label, guess)}
 
-# %% ../nbs/10_errors.ipynb #2b790de2
 def fault(sides: dict) -> str:
     "Say whose fault an error is: model, label or open."
     spoken = {s for s in sides.values() if s != 'silent'}
     return 'model' if spoken == {'label'} else 'label' if 'model' in spoken and 'label' not in spoken else 'open'
 
-# %% ../nbs/10_errors.ipynb #45768b45
-def judged_errors(judges: dict, place: np.ndarray, labels: np.ndarray, guesses: np.ndarray,  # place, labels, guesses: of the scored images (n,)
+def judged_errors(judges: dict,  # of `read_judges`
+                  place: np.ndarray, labels: np.ndarray, guesses: np.ndarray,  # of the scored images (n,)
                   twins: dict) -> list[dict]:  # scored image → label of its near-duplicate
-    "Return each error with what the judges say. Raise `UserError` if the labels are not those of the original at these places."
-    if not np.array_equal(judges['labels'][place], labels): raise UserError("The labels of the test split are not CIFAR-10's: the judges do not apply.")
+    "Return each error with what the judges say. Raise `UserError` if the labels are not the original's at these places."
+    if not np.array_equal(judges['labels'][place], labels):
+        raise UserError("The labels of the test split are not CIFAR-10's: the judges do not apply.")
     reviews = {r['id']: r for r in judges['review']}
     rows = []
     for i in np.flatnonzero(labels != guesses).tolist():
-        sides = verdicts(int(labels[i]), int(guesses[i]), judges['votes'][place[i]], reviews.get(int(place[i])), twins.get(i))
+        sides = verdicts(int(labels[i]), int(guesses[i]), judges['votes'][place[i]], reviews.get(int(place[i])),
+                         twins.get(i))
         rows.append({'image': i, 'original': int(place[i]), **sides, 'fault': fault(sides)})
     return rows
 
@@ -180,4 +192,5 @@ def other_labels(judges: dict, place: np.ndarray) -> dict:  # judge → labels (
     reviewed, most = judges['labels'].copy(), np.sort(judges['votes'], axis=1)
     for r in judges['review']:
         if r['for_given'] < 3: reviewed[r['id']] = r['guessed'] if r['for_guessed'] >= 3 else -1
-    return {'reviewed label': reviewed[place], 'human votes': np.where(most[:, -1] > most[:, -2], judges['votes'].argmax(1), -1)[place]}
+    return {'reviewed label': reviewed[place],
+            'human votes': np.where(most[:, -1] > most[:, -2], judges['votes'].argmax(1), -1)[place]}

@@ -197,7 +197,7 @@ def fit_temperature(logits: np.ndarray,  # (n, classes)
 
 # %% ../nbs/00_stats.ipynb #a2771440
 def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> dict:  # (n,) each
-    "Return the risk when the 1, 2, …, n surest images are answered, its mean (AURC), and the least with as many errors."
+    "Return the risk when the 1, 2, …, n surest are answered, its mean (AURC), and the least with as many errors."
     n = np.arange(1, len(right) + 1)
     risk = np.cumsum(~right[np.argsort(-confidence, kind='stable')]) / n
     return {'coverage': n / len(n), 'risk': risk, 'aurc': float(risk.mean()),
