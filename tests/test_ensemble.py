@@ -64,9 +64,11 @@ def cfgs(tmp_path):
 
 
 def test_workers_compute_at_the_same_time_and_results_keep_their_order(toy, cfgs):
-    two, zero, one, again = run_stages(toy, [cfgs[s] for s in (2, 0, 1, 2)], devices=['cpu', 'cpu:0'])  # 1 and 2 end only if both are running
+    # 1 and 2 end only if both are running
+    two, zero, one, again = run_stages(toy, [cfgs[s] for s in (2, 0, 1, 2)], devices=['cpu', 'cpu:0'])
     assert [r['seed'] for r in (two, zero, one, again)] == [2, 0, 1, 2]
-    assert len({r['process'] for r in (two, zero, one)} | {os.getpid()}) == 4 and {two['device'], one['device']} <= {'cpu', 'cpu:0'}
+    assert (len({r['process'] for r in (two, zero, one)} | {os.getpid()}) == 4
+            and {two['device'], one['device']} <= {'cpu', 'cpu:0'})
     assert again.record == two.record
 
 
@@ -85,7 +87,8 @@ def test_without_several_devices_this_process_does_the_work(toy, cfgs):
 def test_a_failure_leaves_the_others_stored(toy, cfgs, devices, bad):
     chosen = [variant(c, device='cpu') for s, c in cfgs.items() if s in {0, *bad}][::-1]
     with pytest.raises(UserError) as e: run_stages(toy, chosen, devices)
-    assert f'toy failed for {len(bad)} of {len(chosen)}' in str(e.value) and 'seed=3: Three is not wanted' in str(e.value)
+    assert (f'toy failed for {len(bad)} of {len(chosen)}' in str(e.value)
+            and 'seed=3: Three is not wanted' in str(e.value))
     if 4 in bad: assert 'seed=4: its process ended with status 9' in str(e.value)
     assert toy.is_done(cfgs[0]) and not any(toy.is_done(cfgs[s]) for s in bad)
 
@@ -95,7 +98,8 @@ def test_a_failure_leaves_the_others_stored(toy, cfgs, devices, bad):
 def test_workers_end_with_the_first_process(tmp_path, how):
     (tmp_path/'toys.py').write_text(TOY)
     (tmp_path/'stopped.py').write_text(STOPPED)
-    process = subprocess.Popen([sys.executable, 'stopped.py'], cwd=tmp_path, env=environment(PYTHONPATH=f'{ROOT}{os.pathsep}{tmp_path}'), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, 'stopped.py'], cwd=tmp_path,
+                               env=environment(PYTHONPATH=f'{ROOT}{os.pathsep}{tmp_path}'), stderr=subprocess.DEVNULL)
     files = [tmp_path/'run'/f'{s}.pid' for s in (5, 6)]
     end = time.time() + 60
     while not all(f.exists() and f.read_text() for f in files) and time.time() < end: time.sleep(0.05)

@@ -21,14 +21,16 @@ UNITS = {'%': '%', 'points': 'points', '/s': '/s'}
 def readme_rows(text: str) -> list[list[str]]:
     "Return the cells of the README's compared rows."
     block = re.search(r'<!-- begin: reported -->\n(.*?)<!-- end: reported -->', text, re.S)[1]
-    return [[c.strip() for c in line.strip('|').split('|')] for line in block.splitlines() if line.startswith('| ') and not line.startswith('| |')]
+    return [[c.strip() for c in line.strip('|').split('|')] for line in block.splitlines() if line.startswith('| ')
+            and not line.startswith('| |')]
 
 
 def strangers(rows: list[list[str]], metrics: list[dict]) -> list[str]:
     "Return the measured numbers of table rows that no metric of the run has, as the report writes it."
     def known(unit):
         scale = report.SCALE.get(unit, 1)
-        return {report.written(v, unit) for m in metrics if m['value'] is not None for v in ((m['value'] * scale, int(m['value'])) if unit == '' else (m['value'] * scale,))}
+        return {report.written(v, unit) for m in metrics if m['value'] is not None
+                for v in ((m['value'] * scale, int(m['value'])) if unit == '' else (m['value'] * scale,))}
     by_unit, found = {u: known(u) for u in ('', *UNITS)}, []
     for item, _, measured, *_ in rows:
         unit = (re.search(r' \((%|points|/s)\)$', item) or [None, ''])[1]
@@ -49,8 +51,10 @@ def test_a_number_that_nobody_measured_is_found():
 
 def test_each_number_of_the_executed_report_is_a_metric_of_its_run():
     cells = json.loads((QUICK/'14_report.ipynb').read_text())['cells']
-    shown = '\n'.join(''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', ()) if 'text/markdown' in o.get('data', {}))
-    rows = [[c.strip() for c in line.strip('|').split('|')] for line in shown.splitlines() if line.startswith('| ') and not line.startswith('| |')]
+    shown = '\n'.join(''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', ())
+                      if 'text/markdown' in o.get('data', {}))
+    rows = [[c.strip() for c in line.strip('|').split('|')] for line in shown.splitlines() if line.startswith('| ')
+            and not line.startswith('| |')]
     rows = [r for r in rows if len(r) == 6]  # the claims have four columns, and evidence of their own
     assert len(rows) > 80 and not strangers(rows, METRICS)
 
@@ -67,11 +71,14 @@ def test_the_record_has_its_published_form():
     if 'claims' not in record: pytest.skip(OLDER)
     assert json.loads((QUICK/'14_report'/'experiment_results.schema.json').read_text()) == report.schema()
     jsonschema.validate(record, report.schema())
-    for broken in ({'metrics': [{'chapter': 'x'}]}, {'stages': [{}]}, {'reported_and_measured': [{**record['reported_and_measured'][0], 'verdict': 'better'}]}):
+    for broken in ({'metrics': [{'chapter': 'x'}]}, {'stages': [{}]},
+                   {'reported_and_measured': [{**record['reported_and_measured'][0], 'verdict': 'better'}]}):
         with pytest.raises(jsonschema.ValidationError): jsonschema.validate(record | broken, report.schema())
 
 
-@pytest.mark.parametrize('value, n, expected', [(0.994, 10_000, 'agrees'), (0.9925, 10_000, 'agrees'), (0.98, 10_000, 'differs'), (0.90, 20, 'agrees')])
+@pytest.mark.parametrize('value, n, expected',
+                         [(0.994, 10_000, 'agrees'), (0.9925, 10_000, 'agrees'), (0.98, 10_000, 'differs'),
+                          (0.90, 20, 'agrees')])
 def test_verdicts_know_chance(value, n, expected):
     spec = next(r for r in report.reference() if r['item'] == 'accuracy')
     low, high = stats.wilson(value, n)
@@ -93,28 +100,15 @@ def test_the_claims_of_the_committed_run_hold_or_cannot_be_told():
     assert len({c['chapter'] for c in CLAIMS}) >= 10 and sum(c['holds'] is True for c in CLAIMS) > len(CLAIMS) / 2
 
 
-@pytest.mark.parametrize('right, n, holds', [(0.5, 500, True), (0.05, 500, False), (0.11, 500, None), (0.2, 10, None)])
-def test_a_share_of_few_images_tells_nothing(right, n, holds):
-    assert stats.beyond(*stats.wilson(right, n), 0.1) is holds
-
-
-@pytest.mark.parametrize('only_a, only_b, harmless, helps', [(0, 0, True, None), (1, 30, True, True), (40, 5, False, False), (12, 9, None, None)])
-def test_harm_and_help_need_an_interval(only_a, only_b, harmless, helps):
-    from dinocls.stats import gained
-    a, b = np.zeros((2, 1000), bool)
-    a[:only_a] = b[only_a:only_a + only_b] = True
-    gain, *ends = gained(a, b)
-    assert gain == pytest.approx((only_b - only_a) / 1000) and ends[0] < gain < ends[1]
-    assert (stats.beyond(*ends, -0.01), stats.beyond(*ends)) == (harmless, helps)
-
-
 def test_claims_are_kept_listed_and_counted(tmp_path):
     cfg = config.preset('smoke', out=str(tmp_path))
-    told = {'06_phase2': [figures.claim('It helps.', None, 'one | two'), figures.claim('It moves.', np.bool_(True), '4 %')],
+    told = {'06_phase2': [figures.claim('It helps.', None, 'one | two'),
+                          figures.claim('It moves.', np.bool_(True), '4 %')],
             '05_phase1': [figures.claim('It learns.', np.bool_(False), '9 %')]}
     for chapter, rows in told.items(): figures.write_claims(cfg, chapter, rows)
     rows = report.listed(figures.read_claims(cfg))
-    assert [(r['chapter'], r['holds']) for r in rows] == [('05_phase1', False), ('06_phase2', None), ('06_phase2', True)]
+    assert [(r['chapter'], r['holds']) for r in rows] == [('05_phase1', False), ('06_phase2', None),
+                                                          ('06_phase2', True)]
     table = report.claims_rows(rows).splitlines()
     assert [line[2] for line in table[2:]] == ['✗', '?', '✓'] and 'one \\| two' in table[3]
     assert report.tally(rows) == "1 of 3 claims hold in this run, 1 do not, and 1 can't be told."

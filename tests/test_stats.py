@@ -1,0 +1,98 @@
+"Statistics against independent computations: scores and risks by their definitions, coverage by theory, tests by hand."
+import numpy as np
+import pytest
+from scipy.stats import betabinom, binom
+
+from dinocls import stats
+
+
+def answers(n=4000, classes=6, seed=0, sharp=0.4):
+    "Probabilities, and labels drawn from them."
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.full(classes, sharp), n)
+    return p, (p.cumsum(1) < rng.random((n, 1))).sum(1).clip(max=classes - 1)
+
+
+def test_scores_by_the_definitions():
+    p, y = answers(300)
+    found = stats.probability_scores(p, y)
+    assert found['brier'] == pytest.approx(np.mean([((row - np.eye(6)[c]) ** 2).sum() for row, c in zip(p, y)]))
+    assert found['nll'] == pytest.approx(np.mean([-np.log(row[c]) for row, c in zip(p, y)]))
+    order = sorted(range(300), key=lambda i: p[i].max())
+    gaps = [abs(np.mean([p[i].argmax() == y[i] for i in part]) - np.mean([p[i].max() for i in part]))
+            for part in np.array_split(order, 15)]
+    assert found['ece_mass'] == pytest.approx(np.mean(gaps))
+    sharpened = p ** 3 / (p ** 3).sum(1, keepdims=True)
+    assert all(stats.probability_scores(sharpened, y)[k] > found[k]
+               for k in found), 'each score sees that these are too sure'
+
+
+def test_risk_by_counting():
+    rng = np.random.default_rng(0)
+    confidence, right = rng.random(50), rng.random(50) < 0.7
+    curve = stats.risk_coverage(confidence, right)
+    for k in (1, 7, 50): assert curve['risk'][k - 1] == pytest.approx(np.mean(~right[np.argsort(-confidence)[:k]]))
+    assert curve['least'] <= curve['aurc'] == pytest.approx(curve['risk'].mean())
+    assert stats.risk_coverage(right.astype(float), right)['aurc'] == pytest.approx(curve['least'])
+
+
+@pytest.mark.parametrize('miss', [0.2, 0.05])
+def test_sets_cover_as_the_theory_says(miss):
+    "Over draws of the held-out images, the number covered follows a beta-binomial distribution."
+    p, y = answers(60_000)
+    m = n = 100
+    covered = np.array([stats.conformal_sets(p[i + m:i + m + n], p[i:i + m], y[i:i + m], miss)[np.arange(n),
+        y[i + m:i + m + n]].sum() for i in range(0, 60_000, m + n)])
+    missed = int(np.floor((m + 1) * miss + 1e-9))
+    expected = betabinom(n, m + 1 - missed, missed)
+    assert abs(covered.mean() - expected.mean()) < 4 * expected.std() / np.sqrt(len(covered))
+    assert 0.8 < covered.std() / expected.std() < 1.2
+    assert covered.std() > 1.15 * binom(n, 1 - miss).std(), 'the threshold is drawn as well'
+
+
+def test_sets_grow_with_the_promise_and_say_everything_when_they_must():
+    p, y = answers(500)
+    small, large = (stats.conformal_sets(p, p, y, miss) for miss in (0.3, 0.01))
+    assert (small <= large).all() and small.sum() < large.sum()
+    assert stats.conformal_sets(p, p[:5], y[:5], 0.01).all()
+
+
+@pytest.mark.parametrize('right, n, holds', [(0.5, 500, True), (0.05, 500, False), (0.11, 500, None), (0.2, 10, None)])
+def test_a_share_of_few_images_tells_nothing(right, n, holds):
+    assert stats.beyond(*stats.wilson(right, n), 0.1) is holds
+
+
+@pytest.mark.parametrize('only_a, only_b, harmless, helps',
+                         [(0, 0, True, None), (1, 30, True, True), (40, 5, False, False), (12, 9, None, None)])
+def test_harm_and_help_need_an_interval(only_a, only_b, harmless, helps):
+    a, b = np.zeros((2, 1000), bool)
+    a[:only_a] = b[only_a:only_a + only_b] = True
+    gain, *ends = stats.gained(a, b)
+    assert gain == pytest.approx((only_b - only_a) / 1000) and ends[0] < gain < ends[1]
+    assert (stats.beyond(*ends, -0.01), stats.beyond(*ends)) == (harmless, helps)
+
+
+def test_signs_are_tossed_for_all_rows_alike():
+    d = np.random.default_rng(0).normal(0.4, 1, (9, 3))
+    score = d / np.sqrt((d ** 2).sum(0))
+    signs = 2 * (np.arange(2 ** 9)[:, None] >> np.arange(9) & 1) - 1  # (512, 9): every way
+    top = np.abs(signs @ score).max(1)
+    assert stats.max_t(d) == pytest.approx([(top >= abs(s) - 1e-12).mean() for s in score.sum(0)])
+    assert (stats.max_t(np.c_[d, d]) == pytest.approx(np.tile(stats.max_t(d), 2)))  # twins are not corrected for twice
+
+
+def test_bootstrap_covers_and_is_repeatable():
+    rng = np.random.default_rng(0)
+    inside = [low <= 0.9 <= high for _, low, high in (stats.bootstrap(np.mean, rng.random(200) < 0.9, draws=200)
+                                                      for _ in range(100))]
+    assert 0.86 <= np.mean(inside) <= 1
+    assert stats.bootstrap(np.mean, np.arange(9)) == stats.bootstrap(np.mean, np.arange(9))
+
+
+@pytest.mark.parametrize('mended, spoilt, equal', [(3, 3, True), (60, 0, False), (200, 190, False), (0, 0, True)])
+def test_equal_within_half_a_point_or_not(mended, spoilt, equal):
+    d = np.zeros(5000)
+    d[:mended], d[mended:mended + spoilt] = 1, -1
+    told = stats.equivalence(d, 0.005)
+    assert (told['p'] < 0.05) is equal and told['difference'] == pytest.approx((mended - spoilt) / 5000)
+    assert equal == (-0.005 < told['low'] and told['high'] < 0.005)
