@@ -396,6 +396,6 @@ def publish(cfg, folder: Path | None = None,  # None: the package's
     return file
 
 def command(cfg) -> str:
-    "Return the command that makes a backbone's weights, but for the folder of the data, which each machine has elsewhere."
+    "Return the command that makes a backbone's weights, but for the folder of the data, which is each machine's own."
     fields = [f for f in shlex.split(config.format_overrides(cfg)) if not f.startswith('data_root=')]
     return ' '.join(['dinocls publish', f'--preset {cfg.preset}', *(f'--set {shlex.quote(f)}' for f in fields)])
