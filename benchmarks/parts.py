@@ -90,7 +90,7 @@ def corruptions(cfg):
                 **{f'{m}_confidence': rng.random(len(images), np.float32) for m in names}}
     robustness.contenders, robustness.answers, robustness.features = lambda cfg: None, answers, lambda cfg: feats
     images = load_split(cfg, 'test')[0]
-    sets = {'clean': lambda: images, **{n: lambda n=n: robustness._severities(images, n, cfg.seed)
+    sets = {'clean': lambda: images, **{n: lambda n=n: robustness.all_severities(images, n, cfg.seed)
                                         for n in robustness.CORRUPTIONS}}
     robustness.judge(cfg, sets, Path(cfg.out))
 

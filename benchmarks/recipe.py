@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/recipe.py [--minutes 75] [--data FOLDER]     goes on where it stopped; 8 minutes a try
 
-Every try may spend the same FLOPs, counted by `pretrain.step_flops` (teacher included), which `EPOCHS` of the first one take; the epochs of another
+Every try may spend the same FLOPs, counted by `step_flops` (teacher included), which `EPOCHS` of the first one take; the epochs of another
 follow, rounded up. Method and stem come first; the better of them is then changed in one thing at a time, and last in all that helped at once.
 Scored on all validation images by k-NN (20 and 3 neighbours) and by the linear probe, whose strength is chosen on the same images; the test set is
 not read. One thread, bf16, one seed: differences below two points mean little. Each row is written into the record, which ships with the package, as
@@ -23,8 +23,8 @@ import torch
 from dinocls.kit import config, fetch, files, machine
 from dinocls import stats
 from dinocls.data import load_split
-from dinocls.model import BACKBONES, infer, random_backbone
-from dinocls.pretrain import embedding_spread, self_supervise, step_flops
+from dinocls.model import BACKBONES, infer, outline, random_backbone
+from dinocls.pretrain import embedding_spread, local_size, projection_head, self_supervise
 from dinocls.probe import knn, linear_probe
 
 RECORD = fetch.shipped('book-cifar').with_name('book-cifar-recipe.json')
@@ -53,7 +53,27 @@ THEN = {'temperature 0.5': {'contrast_temperature': 0.5}, 'rate × 3': {'pretrai
 LOCAL = {'4 local views': {'local_views': 4}, 'no teacher’s balancing': {'centring': 'mean'}}
 
 
-def configuration(changes: dict, data: str):
+def forward_flops(cfg, side: int) -> int:
+    """Return the FLOPs of one view forward: 24·n·d² + 4·n²·d a block (Hoffmann et al. 2022, appendix F), the stem's
+    convolutions, the head."""
+    spec, body, stem = BACKBONES[cfg.backbone], outline(cfg.backbone, side), 0
+    n, h = 1 + spec.registers + body.patch_embed.num_patches, side
+    for conv in (m for m in body.patch_embed.modules() if isinstance(m, torch.nn.Conv2d)):
+        h //= conv.stride[0]
+        stem += 2 * conv.weight.numel() * h * h
+    with torch.device('meta'): head = projection_head(cfg, spec.dim)
+    head = sum(2 * p.numel() for p in head.parameters() if p.ndim > 1)
+    return spec.depth * (24 * n * spec.dim ** 2 + 4 * n ** 2 * spec.dim) + stem + head
+
+
+def step_flops(cfg, images: int = 1) -> int:
+    "Return the FLOPs of one step: the student three times a forward pass (Kaplan et al. 2020, section 2.1), a teacher once."
+    teacher = cfg.pretrain_method != 'simclr'
+    local = cfg.local_views * 3 * forward_flops(cfg, local_size(cfg)) if cfg.local_views and teacher else 0
+    return images * (2 * (3 + teacher) * forward_flops(cfg, cfg.image_size) + local)
+
+
+def config_of(changes: dict, data: str):
     "Return the configuration of a try, and give book-cifar its stem."
     fields = BASE | {k: v for k, v in changes.items() if k != 'stem'}
     BACKBONES['book-cifar'] = replace(SPEC, stem=changes.get('stem', SPEC.stem))
@@ -62,7 +82,7 @@ def configuration(changes: dict, data: str):
 
 def epochs_of(changes: dict, data: str) -> int:
     "Return the epochs that spend what the first try spends; the stem's own 3 % take none away."
-    cost = lambda changes: step_flops(configuration(changes, data))
+    cost = lambda changes: step_flops(config_of(changes, data))
     return math.ceil(0.96 * EPOCHS * cost(PLAIN) / cost(changes))
 
 
@@ -84,7 +104,7 @@ def score(feats: dict, labels: dict) -> dict:
 def attempt(name: str, changes: dict, data: str) -> dict:
     "Pre-train and score one try; return its row."
     epochs = epochs_of(changes, data)
-    cfg = configuration(changes | {'pretrain_epochs': epochs}, data)
+    cfg = config_of(changes | {'pretrain_epochs': epochs}, data)
     images, labels = parts(cfg)
     last, clock, cpu = {}, time.perf_counter(), time.process_time()
 
@@ -98,20 +118,17 @@ def attempt(name: str, changes: dict, data: str) -> dict:
     body = random_backbone(cfg.backbone, cfg.image_size)
     body.load_state_dict(weights)
     feats = {s: infer(body, x, cfg) for s, x in images.items()}
-    return {'name': name, 'changes': changes, 'epochs': epochs,
-            'steps': epochs * (len(images['train']) // cfg.pretrain_batch),
-            'tflops': step_flops(cfg, epochs * len(images['train'])) / 1e12,
-            'parameters': sum(p.numel() for p in body.parameters()), 'loss': last['loss'],
-            'spread': embedding_spread(feats['val']), **score(feats, labels), 'seconds': round(seconds, 1),
-            'cpu_seconds': round(cpu, 1)}
+    return {'name': name, 'changes': changes, 'epochs': epochs, 'steps': epochs * (len(images['train']) // cfg.pretrain_batch),
+            'tflops': step_flops(cfg, epochs * len(images['train'])) / 1e12, 'parameters': sum(p.numel() for p in body.parameters()), 'loss': last['loss'],
+            'spread': embedding_spread(feats['val']), **score(feats, labels), 'seconds': round(seconds, 1), 'cpu_seconds': round(cpu, 1)}
 
 
 def untrained(data: str) -> list[dict]:
     "Return what raw pixels score, and random weights with either stem."
-    images, labels = parts(configuration({}, data))
+    images, labels = parts(config_of({}, data))
     found = {'raw pixels': {s: x.flatten(1).float().numpy() / 255 for s, x in images.items()}}
     for name, changes in (('random weights, convolutional stem', {}), ('random weights, plain patches', PLAIN)):
-        cfg = configuration(changes, data)
+        cfg = config_of(changes, data)
         torch.manual_seed(cfg.seed)
         body = random_backbone(cfg.backbone, cfg.image_size)
         found[name] = {s: infer(body, x, cfg) for s, x in images.items()}

@@ -1,24 +1,27 @@
-"""The nineteen corruptions of CIFAR-10-C at its five strengths, for images of any size, each with its own random numbers.
+"""The nineteen corruptions of CIFAR-10-C (Hendrycks and Dietterich 2019, https://arxiv.org/abs/1903.12261).
 
-Hendrycks and Dietterich (2019), https://arxiv.org/abs/1903.12261.
+Strengths are those for 32×32 pixels. At another size, lengths in pixels (of blurs, shifts, swaps) grow with the shorter
+side, and what is laid over the image (snow, frost, spatter) is drawn for a shorter side of 32 and enlarged: a larger
+image is as bad to look at as a small one.
 """
 import functools
 import io
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage, special
 from torch import Tensor
 
 from .files import UserError, digest, nearest
 
 
-@dataclass(frozen=True)
-class Corruption:
+class Corruption(NamedTuple):
     "A way in which images get worse."
     apply: Callable  # (x (n, 3, h, w) in 0 … 1, strength, draws) → images of that shape, any range
     strengths: tuple  # of severity 1 to 5
@@ -37,28 +40,24 @@ def corruption(kind: str, *strengths, extra: bool = False):
     return enter
 
 
-def _signed(bits: int) -> int:
-    "Return 64 bits as the signed number that torch has for them."
-    return (bits + 2**63) % 2**64 - 2**63
-
-GOLDEN = _signed(0x9E3779B97F4A7C15)  # step of the counter
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # step of the counter; torch's 64 bits are signed
 
 
 def _scramble(z: Tensor) -> Tensor:  # int64
     "Return the output of SplitMix64 for a counter; products wrap around."
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ (z >> shift & 2 ** (64 - shift) - 1)) * _signed(factor)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        z = (z ^ (z >> shift & 2 ** (64 - shift) - 1)) * factor
     return z ^ (z >> 31 & 2**33 - 1)
 
 
 class Draws:
-    "Random numbers for images of a set: each image has a stream of its own, which its position in the set and a key decide."
+    "Random numbers for images of a set: a key and the position in the set decide each image's stream (SplitMix64)."
     def __init__(self, key: int,  # any 64 bits
                  index: Tensor,  # positions in the set, int64 (n,), on the images' device
                  dtype=torch.float64):
-        self.state, self.used, self.dtype = _scramble((index + 1) * GOLDEN + _signed(key)), 0, dtype
+        self.state, self.used, self.dtype = _scramble((index + 1) * GOLDEN + (key + 2**63) % 2**64 - 2**63), 0, dtype
 
-    def uniform(self, *shape, low: float = 0, high: float = 1) -> Tensor:  # (n, *shape), low … high, high itself excluded
+    def uniform(self, *shape, low: float = 0, high: float = 1) -> Tensor:  # (n, *shape), high itself excluded
         count, digits = math.prod(shape), 53 if self.dtype == torch.float64 else 24
         step = torch.arange(self.used + 1, self.used + count + 1, device=self.state.device)
         self.used += count
@@ -66,10 +65,8 @@ class Draws:
         return low + (high - low) * (bits.to(self.dtype) * 2.0**-digits).view(len(bits), *shape)
 
     def normal(self, *shape, mean: float = 0, sigma: float = 1) -> Tensor:
-        return mean + sigma * torch.special.ndtri(self.uniform(*shape) + (2.0**-54 if self.dtype == torch.float64 else 2.0**-25))
-
-    def integers(self, low: int, high: int, *shape) -> Tensor:  # low … high - 1
-        return self.uniform(*shape, low=low, high=high).floor().long()
+        half = 2.0 ** (-54 if self.dtype == torch.float64 else -25)
+        return mean + sigma * torch.special.ndtri(self.uniform(*shape) + half)
 
 
 @corruption('noise', .04, .06, .08, .09, .10)
@@ -78,18 +75,13 @@ def gaussian_noise(x, sigma, draws):
     return x + draws.normal(*x.shape[1:], sigma=sigma)
 
 
-@functools.lru_cache(maxsize=8)
-def _poisson(rate: float) -> Tensor:  # (256, counts)
-    "Return the cumulative Poisson probabilities of each 8-bit value at a rate for white, raised by the value."
-    from scipy.stats import poisson
-    counts = np.arange(int(rate + 12 * rate ** 0.5 + 20))
-    return torch.from_numpy(np.arange(256)[:, None] + poisson.cdf(counts, np.arange(256)[:, None] / 255 * rate))
-
-
 @corruption('noise', 500, 250, 100, 75, 50)
 def shot_noise(x, rate, draws):
     "Replace each value by the share of photons that arrive, where white has `rate` of them on average."
-    table, value = _poisson(rate).to(x), (x * 255).round()
+    values, counts = np.arange(256)[:, None], np.arange(int(rate + 12 * rate ** 0.5 + 20))
+    # the cumulative Poisson probabilities of each 8-bit value, raised by it: one sorted table, one search for all
+    table = torch.from_numpy(values + special.pdtr(counts, values / 255 * rate)).to(x)
+    value = (x * 255).round()
     found = torch.searchsorted(table.flatten(), (value + draws.uniform(*x.shape[1:])).contiguous())
     return (found - value.long() * table.shape[1]).to(x) / rate
 
@@ -107,11 +99,10 @@ def speckle_noise(x, sigma, draws):
     return x + x * draws.normal(*x.shape[1:], sigma=sigma)
 
 
-@functools.lru_cache(maxsize=256)
 def _bell(n: int, sigma: float, mode: str = 'nearest', truncate: float = 4) -> Tensor:  # (n, n)
     "Return the matrix that blurs n pixels with a Gaussian; what lies beyond the border is as SciPy's `mode` says."
-    from scipy.ndimage import gaussian_filter1d
-    return torch.from_numpy(gaussian_filter1d(np.eye(n), sigma, axis=0, mode=mode, truncate=truncate)) if sigma else torch.eye(n, dtype=torch.float64)
+    eye = np.eye(n)
+    return torch.from_numpy(ndimage.gaussian_filter1d(eye, sigma, 0, mode=mode, truncate=truncate) if sigma else eye)
 
 
 def _product(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -140,67 +131,59 @@ def _mirrored(i: Tensor, n: int) -> Tensor:
     return (n - 1 - (i % max(1, 2 * n - 2) - (n - 1)).abs()) if n > 1 else torch.zeros_like(i)
 
 
-def _pad(x: Tensor, p: int) -> Tensor:
-    "Pad images by p mirrored pixels on each side, however small they are."
-    rows, cols = (_mirrored(torch.arange(-p, n + p, device=x.device), n) for n in x.shape[-2:])
-    return x[..., rows[:, None], cols]
-
-
 def _filter(x: Tensor, kernel: Tensor) -> Tensor:  # kernel (k, k), k odd
-    "Correlate each channel with a kernel; the border is mirrored."
-    flat = _pad(x, len(kernel) // 2).flatten(0, -3).unsqueeze(1)
+    "Correlate each channel with a kernel; the border is mirrored, however small the image."
+    reach = len(kernel) // 2
+    rows, cols = (_mirrored(torch.arange(-reach, n + reach, device=x.device), n) for n in x.shape[-2:])
+    flat = x[..., rows[:, None], cols].flatten(0, -3).unsqueeze(1)
     return F.conv2d(flat, kernel.to(x)[None, None]).view(x.shape)
 
 
-@functools.lru_cache(maxsize=32)
-def _disc(radius: float, sigma: float) -> Tensor:  # (k, k), sums to 1
-    "Return the kernel of a disc of a radius whose steps are softened by 3×3 (above a radius of 8, 5×5) values of a Gaussian."
+def _pick(x: Tensor, place: Tensor) -> Tensor:  # place (n, h, w) or (n, h·w), counted row by row
+    "Return images whose pixels are those at a place of their own each."
+    return x.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
+
+
+@corruption('blur', (.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))
+def defocus_blur(x, strength, draws):
+    "Spread each point over a disc, whose steps 3×3 (above a radius of 8, 5×5) values of a Gaussian soften."
+    radius, sigma = (v * _unit(x) for v in strength)
     reach = 2 if radius > 8 else 1
     at = torch.arange(-int(radius) - reach, int(radius) + reach + 1, dtype=torch.float64)
     disc = (at[:, None] ** 2 + at ** 2 <= radius ** 2).double()
     soft = torch.exp(-torch.arange(-reach, reach + 1, dtype=torch.float64) ** 2 / (2 * sigma ** 2))
     disc = F.conv2d(disc[None, None], (soft[:, None] * soft)[None, None], padding=reach)[0, 0]
-    return disc / disc.sum()
-
-
-@corruption('blur', (.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))
-def defocus_blur(x, strength, draws):
-    "Spread each point over a disc of a radius, softened by a Gaussian."
-    return _filter(x, _disc(*(v * _unit(x) for v in strength)))
-
-
-def _shuffled(h: int, w: int, most: int, passes: int, draws) -> Tensor:  # (n, h·w)
-    "Return for each image where its pixels come from, after passes in which each copies one that is up to `most` pixels away."
-    device = draws.state.device
-    rows, cols = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
-    inner = (rows > most) & (rows <= h - most) & (cols > most) & (cols <= w - most)
-    place = (rows * w + cols).flatten().repeat(len(draws.state), 1)
-    for _ in range(passes):
-        down, right = draws.integers(-most, most, 2, h, w).unbind(1)  # -most … most - 1, as published
-        source = torch.where(inner, (rows + down) * w + cols + right, rows * w + cols)
-        place = place.gather(1, source.flatten(1))
-    return place
+    return _filter(x, disc / disc.sum())
 
 
 @corruption('blur', (.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))
 def glass_blur(x, strength, draws):
-    "Blur, mix pixels with their neighbours, and blur again."
+    """Blur, let each pixel copy one that is up to a shift away, in passes, and blur again.
+
+    The published script means to swap, but does so on views of one array, which copies; a gather is a whole pass of it.
+    """
+    (h, w), device = x.shape[-2:], x.device
     sigma, most, passes = strength[0] * _unit(x), max(1, round(strength[1] * _unit(x))), strength[2]
+    rows, cols = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
+    inner = (rows > most) & (rows <= h - most) & (cols > most) & (cols <= w - most)
     x = (_blur(x, sigma) * 255 + 1e-9).floor() / 255  # stored as 8 bits in between
-    place = _shuffled(*x.shape[-2:], most, passes, draws)
-    return _blur(x.flatten(2).gather(2, place[:, None].expand(-1, x.shape[1], -1)).view(x.shape), sigma)
+    place = (rows * w + cols).flatten().repeat(len(x), 1)
+    for _ in range(passes):
+        down, right = draws.uniform(2, h, w, low=-most, high=most).floor().long().unbind(1)  # -most … most - 1
+        place = place.gather(1, torch.where(inner, (rows + down) * w + cols + right, rows * w + cols).flatten(1))
+    return _blur(_pick(x, place), sigma)
 
 
 def _motion(x: Tensor, radius: float, sigma: float, angle: Tensor) -> Tensor:  # angle in degrees, (n,)
-    "Blur images along a line that starts at each pixel; the border pixels are repeated outwards; values are rounded to 8 bits."
+    "Blur along a line that starts at each pixel, its border pixels repeated outwards, and round to 8 bits."
     (h, w), step = x.shape[-2:], torch.arange(2 * math.ceil(radius) + 1, device=x.device)
     weight = torch.exp(-step.to(x) ** 2 / (2 * sigma ** 2))
-    down, right = (torch.ceil(step * f(torch.deg2rad(angle))[:, None] - 0.5).long() for f in (torch.sin, torch.cos))  # (n, steps)
+    turn = torch.deg2rad(angle)[:, None]
+    down, right = (torch.ceil(step * part - 0.5).long()[..., None, None] for part in (turn.sin(), turn.cos()))
     rows, cols = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
-    flat, total = x.flatten(2), torch.zeros_like(x)
+    total = torch.zeros_like(x)
     for i, share in enumerate((weight / weight.sum()).tolist()):
-        place = (rows + down[:, i, None, None]).clamp(0, h - 1) * w + (cols + right[:, i, None, None]).clamp(0, w - 1)
-        total += share * flat.gather(2, place.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
+        total += share * _pick(x, (rows + down[:, i]).clamp(0, h - 1) * w + (cols + right[:, i]).clamp(0, w - 1))
     return (total.clamp(0, 1) * 255 + 0.5).floor() / 255
 
 
@@ -213,9 +196,8 @@ def motion_blur(x, strength, draws):
 @functools.lru_cache(maxsize=1024)
 def _zoom(n: int, factor: float) -> Tensor:  # (n, n)
     "Return the matrix that enlarges the middle of n pixels to n pixels, linearly."
-    from scipy.ndimage import zoom
     kept = math.ceil(n / factor)
-    large, start = zoom(np.eye(kept), (factor, 1), order=1), (n - kept) // 2
+    large, start = ndimage.zoom(np.eye(kept), (factor, 1), order=1), (n - kept) // 2
     matrix, cut = np.zeros((n, n)), (len(large) - n) // 2
     matrix[:, start:start + kept] = large[cut:cut + n]
     return torch.from_numpy(matrix)
@@ -257,71 +239,64 @@ def _grid(x: Tensor) -> tuple:
     return tuple(max(1, round(n / _unit(x))) for n in x.shape[-2:])
 
 
+def _colour(x: Tensor, *values: float) -> Tensor:  # (1, 3, 1, 1)
+    "Return a value for red, green and blue, for images."
+    return torch.tensor(values).to(x).view(1, 3, 1, 1)
+
+
 def _fit(layer: Tensor, x: Tensor) -> Tensor:  # (n, c, h, w)
     "Resize a layer (n, c, …) to images, linearly."
     return layer if layer.shape[-2:] == x.shape[-2:] else F.interpolate(layer, x.shape[-2:], mode='bilinear')
 
 
-def _frost(h: int, w: int, draws) -> Tensor:  # (n, 3, h, w), 0 … 1
-    "Return a texture like ice on a pane: ridges of noise at four scales, white with a touch of blue."
-    total = 0
-    for size in (4, 8, 16, 32):
-        ridge = F.interpolate(draws.normal(1, size, size).abs(), (h, w), mode='bicubic')
-        total = total + (1 - ridge).clamp(0, 1) * size ** -0.5
-    low, high = (f((1, 2, 3), keepdim=True) for f in (total.amin, total.amax))
-    return (total - low) / (high - low) * torch.tensor([0.86, 0.94, 1.0]).to(total).view(1, 3, 1, 1)
-
-
 @corruption('weather', (1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))
 def frost(x, strength, draws):
-    "Lay a procedural frost texture over the image."
-    return strength[0] * x + strength[1] * _fit(_frost(*_grid(x), draws), x)
+    "Lay a texture like ice on a pane over the image: ridges of noise at four scales (the benchmark has photographs)."
+    ridges = ((n, F.interpolate(draws.normal(1, n, n).abs(), _grid(x), mode='bicubic')) for n in (4, 8, 16, 32))
+    total = sum((1 - ridge).clamp(0, 1) * n ** -0.5 for n, ridge in ridges)
+    low, high = (f((1, 2, 3), keepdim=True) for f in (total.amin, total.amax))
+    ice = (total - low) / (high - low) * _colour(x, 0.86, 0.94, 1)  # white with a touch of blue
+    return strength[0] * x + strength[1] * _fit(ice, x)
 
 
-@corruption('weather', (.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))
+@corruption('weather', (.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
+            (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))
 def snow(x, strength, draws):
     "Whiten the image and let flakes fall, in two directions."
     mean, sigma, factor, threshold, radius, reach, weight = strength
-    h, w = _grid(x)
-    flakes = _product(draws.normal(1, h, w, mean=mean, sigma=sigma), _zoom(h, factor), _zoom(w, factor))
+    grains = draws.normal(1, *_grid(x), mean=mean, sigma=sigma)
+    flakes = _product(grains, *(_zoom(n, factor) for n in _grid(x)))
     flakes = (torch.where(flakes < threshold, 0, flakes).clamp(0, 1) * 255).floor() / 255
     flakes = _fit(_motion(flakes, radius, reach, draws.uniform(low=-135, high=-45)), x)
-    light = (x * torch.tensor([0.299, 0.587, 0.114]).to(x).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    light = (x * _colour(x, 0.299, 0.587, 0.114)).sum(1, keepdim=True)
     return weight * x + (1 - weight) * torch.maximum(x, light * 1.5 + 0.5) + flakes + flakes.flip(-1, -2)
 
 
 def _distance(marked: Tensor) -> Tensor:  # (n, h, w)
     "Return the Euclidean distance of each pixel to the nearest marked one of its image, infinite where there is none."
-    h, w = marked.shape[-2:]
     near = torch.where(marked, 0.0, math.inf)
-    for n, axis in ((h, 1), (w, 2)):  # along the columns, then along the rows
-        apart = torch.arange(n, device=marked.device)
-        apart = (apart[:, None] - apart) ** 2
-        near = (near.movedim(axis, -1)[..., None, :] + apart).amin(-1).movedim(-1, axis)
+    for axis in (1, 2):  # along the columns, then along the rows
+        at = torch.arange(marked.shape[axis], device=marked.device)
+        near = (near.movedim(axis, -1)[..., None, :] + (at[:, None] - at) ** 2).amin(-1).movedim(-1, axis)
     return near.sqrt()
-
-
-def _equalise(v: Tensor) -> Tensor:  # whole numbers 0 … 255, (n, h, w)
-    "Spread each image's values so that they are used about equally often (histogram equalisation)."
-    n, size = len(v), v[0].numel()
-    counts = torch.zeros(n, 256, device=v.device, dtype=v.dtype).scatter_add_(1, v.flatten(1).long(), torch.ones_like(v).flatten(1)).cumsum(1)
-    least = counts.gather(1, v.flatten(1).amin(1, keepdim=True).long())
-    table = ((counts - least) / (size - least).clamp(min=1) * 255).round().clamp(0, 255)
-    return table.gather(1, v.flatten(1).long()).view(v.shape)
 
 
 def _shimmer(liquid: Tensor) -> Tensor:  # (n, h, w), 0 … 1 → 0 … 255
     "Return how light plays in drops of water: strongest along their edges, from one side."
     inside = liquid > 0
     inner = -F.max_pool2d(-inside.to(liquid), 3, 1, 1) > 0  # with all neighbours inside
-    far = _distance(inside & ~inner).clamp(max=20).to(liquid)
-    mean = torch.full((3, 3), 1 / 9)
-    v = _equalise(_filter(far[:, None], mean)[:, 0].floor())
-    v = _filter(v[:, None], torch.tensor([[-2., -1, 0], [-1, 1, 1], [0, 1, 2]])).clamp(0, 255)
+    far, mean = _distance(inside & ~inner).clamp(max=20).to(liquid), torch.full((3, 3), 1 / 9)
+    v = _filter(far[:, None], mean).floor().flatten(1)
+    counts = torch.zeros(len(v), 256).to(v).scatter_add_(1, v.long(), torch.ones_like(v)).cumsum(1)
+    least = counts.gather(1, v.long().amin(1, keepdim=True))
+    table = ((counts - least) / (v.shape[1] - least).clamp(min=1) * 255).round().clamp(0, 255)  # equalises
+    v = table.gather(1, v.long()).view(liquid[:, None].shape)
+    v = _filter(v, torch.tensor([[-2., -1, 0], [-1, 1, 1], [0, 1, 2]])).clamp(0, 255)
     return _filter(v, mean)[:, 0].round()
 
 
-@corruption('weather', (.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0), (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1), extra=True)
+@corruption('weather', (.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
+            (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1), extra=True)
 def spatter(x, strength, draws):
     "Spatter the lens with water, or with mud."
     mean, sigma, smooth, threshold, amount, mud = strength
@@ -329,11 +304,11 @@ def spatter(x, strength, draws):
     if mud:
         cover = _blur((liquid > threshold).to(x), amount)
         cover = _fit(torch.where(cover < 0.8, 0, cover)[:, None], x)
-        return x * (1 - cover) + cover * torch.tensor([63, 42, 20]).to(x).view(1, 3, 1, 1) / 255
+        return x * (1 - cover) + cover * _colour(x, 63, 42, 20) / 255
     drops = (torch.where(liquid < threshold, 0, liquid) * 255).floor()
     drops = drops * _shimmer(drops)
     drops = amount * drops / drops.amax((1, 2), keepdim=True).clamp(min=1)
-    return x + _fit(drops[:, None], x) * torch.tensor([175, 238, 238]).to(x).view(1, 3, 1, 1) / 255
+    return x + _fit(drops[:, None], x) * _colour(x, 175, 238, 238) / 255
 
 
 @corruption('weather', .05, .10, .15, .20, .30)
@@ -351,8 +326,8 @@ def saturate(x, strength, draws):
     below = 1 - x / torch.where(value > 0, value, 1)  # each channel's distance from the value, over the value
     old = torch.where(value > 0, below.amax(1, keepdim=True), 0)  # the saturation
     new = (old * strength[0] + strength[1]).clamp(0, 1)
-    red = torch.tensor([0, 1, 1]).to(x).view(1, 3, 1, 1)
-    return value * (1 - new * torch.where(old > 0, below / torch.where(old > 0, old, 1), red))
+    hue = torch.where(old > 0, below / torch.where(old > 0, old, 1), _colour(x, 0, 1, 1))  # grey counts as red
+    return value * (1 - new * hue)
 
 
 @corruption('digital', .75, .5, .4, .3, .15)
@@ -362,28 +337,23 @@ def contrast(x, factor, draws):
     return (x - mean) * factor + mean
 
 
-@functools.lru_cache(maxsize=64)
-def _box(n: int, to: int) -> Tensor:  # (to, n)
-    "Return the matrix by which Pillow's box filter resizes n pixels."
-    from PIL import Image
-    return torch.from_numpy(np.array(Image.fromarray(np.eye(n, dtype=np.float32)).resize((n, to), Image.Resampling.BOX)).astype(np.float64))
-
-
 @corruption('digital', .95, .90, .85, .75, .65)
 def pixelate(x, share, draws):
-    "Resize to a share of the pixels of each side, and back."
+    "Resize to a share of the pixels of each side, and back, by Pillow's box filter."
+    def box(n: int, to: int) -> Tensor:  # (to, n): what Pillow makes of the unit matrix
+        matrix = Image.fromarray(np.eye(n, dtype=np.float32)).resize((n, to), Image.Resampling.BOX)
+        return torch.from_numpy(np.array(matrix)).to(x)
     (h, w), v = x.shape[-2:], x * 255
     small = [max(1, int(n * share)) for n in (h, w)]
-    for rows, cols in ((_box(h, small[0]), _box(w, small[1])), (_box(small[0], h), _box(small[1], w))):
-        v = (v @ cols.to(v).T + 0.5 + 1e-6).floor()  # along the rows first, as Pillow does
-        v = (rows.to(v) @ v + 0.5 + 1e-6).floor()
+    for rows, cols in ((box(h, small[0]), box(w, small[1])), (box(small[0], h), box(small[1], w))):
+        v = (v @ cols.T + 0.5 + 1e-6).floor()  # along the rows first, as Pillow does
+        v = (rows @ v + 0.5 + 1e-6).floor()
     return v / 255
 
 
 @corruption('digital', 80, 65, 58, 50, 40)
 def jpeg_compression(x, quality, draws):
     "Compress and decompress by JPEG at a quality."
-    from PIL import Image
     def through(image):
         Image.fromarray(image).save(file := io.BytesIO(), 'JPEG', quality=quality)
         return np.asarray(Image.open(file))
@@ -398,11 +368,9 @@ def _sample(x: Tensor, rows: Tensor, cols: Tensor,  # places (n, h, w)
     h, w = x.shape[-2:]
     top, left = rows.floor(), cols.floor()
     total = torch.zeros_like(x)
-    for down in (0, 1):
-        for right in (0, 1):
-            weight = (1 - (rows - top - down).abs()) * (1 - (cols - left - right).abs())
-            place = inside(top.long() + down, h) * w + inside(left.long() + right, w)
-            total += weight[:, None] * x.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        weight = (1 - (rows - top - down).abs()) * (1 - (cols - left - right).abs())
+        total += weight[:, None] * _pick(x, inside(top.long() + down, h) * w + inside(left.long() + right, w))
     return total
 
 
@@ -411,40 +379,38 @@ def _repeated(i: Tensor, n: int) -> Tensor:
     return torch.minimum(i % (2 * n), 2 * n - 1 - i % (2 * n))
 
 
-def _affine(h: int, w: int, most: float, draws) -> Tensor:  # (n, 3, 2)
-    "Return the map from places (column, row, 1) back to where they come from, if three points each move by up to `most` pixels."
-    side = min(h, w) // 3
-    points = torch.tensor([[w // 2, h // 2]]) + torch.tensor([[side, side], [side, -side], [-side, -side]])
-    points = points.to(draws.state.device, draws.dtype)
-    if not side: return torch.eye(3, 2).to(points).expand(len(draws.state), -1, -1)  # too small to move
-    moved = points + draws.uniform(3, 2, low=-most, high=most)
-    return torch.linalg.solve(torch.cat([moved, torch.ones_like(moved[..., :1])], 2), points.expand_as(moved))
-
-
 @corruption('digital', (0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))
 def elastic_transform(x, strength, draws):
-    "Warp images by a random affine map, then by a smooth random field."
+    "Warp images by a random affine map, of which three points move, then by a smooth random field."
     (h, w), (alpha, sigma, most) = x.shape[-2:], (v * min(x.shape[-2:]) for v in strength)
     rows, cols = torch.arange(h).to(x)[:, None].expand(h, w), torch.arange(w).to(x).expand(h, w)
-    back = torch.stack([cols, rows, torch.ones_like(cols)], 2) @ _affine(h, w, most, draws)[:, None]  # (n, h, w, 2)
-    x = _sample(x, back[..., 1], back[..., 0], _mirrored)
+    if side := min(h, w) // 3:  # else it is too small to move
+        points = (torch.tensor([w // 2, h // 2]) + side * torch.tensor([[1, 1], [1, -1], [-1, -1]])).to(x)
+        moved = points + draws.uniform(3, 2, low=-most, high=most)
+        back = torch.linalg.solve(torch.cat([moved, torch.ones_like(moved[..., :1])], 2), points.expand_as(moved))
+        where = torch.stack([cols, rows, torch.ones_like(cols)], 2) @ back[:, None]  # (n, h, w, 2)
+        x = _sample(x, where[..., 1], where[..., 0], _mirrored)
     if not alpha: return x
-    right, down = alpha * _blur(draws.uniform(2, h, w, low=-1, high=1), sigma, mode='reflect', truncate=3).transpose(0, 1)
-    return _sample(x, rows + down, cols + right, _repeated)
+    shift = alpha * _blur(draws.uniform(2, h, w, low=-1, high=1), sigma, mode='reflect', truncate=3)
+    return _sample(x, rows + shift[:, 1], cols + shift[:, 0], _repeated)
+
+
+BENCHMARK = [name for name, how in CORRUPTIONS.items() if not how.extra]  # in the benchmark's mean
 
 
 def _check(images, name, severity, seed, first):
     "Raise `UserError` for what `corrupt` cannot work on."
     if name not in CORRUPTIONS: raise UserError(f'Unknown corruption {name!r}: {nearest(name, CORRUPTIONS)}')
-    def whole(v, low): return isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= low
-    if not whole(severity, 1) or severity > 5: raise UserError(f'severity={severity!r} of {name}: it must be a whole number from 1 to 5.')
-    for what, value in (('seed', seed), ('first', first)):
-        if not whole(value, 0): raise UserError(f'{what}={value!r} of {name}: it must be a whole number, 0 or more.')
-    tensor = isinstance(images, Tensor)
-    if not isinstance(images, (np.ndarray, Tensor)) or images.dtype != (torch.uint8 if tensor else np.uint8) or images.ndim != 4 \
-            or images.shape[1 if tensor else 3] != 3 or 0 in images.shape[1:]:
-        given = f'{images.dtype} {tuple(images.shape)}' if hasattr(images, 'dtype') and hasattr(images, 'shape') else type(images).__name__
-        raise UserError(f'corrupt needs uint8 images, a NumPy array (n, height, width, 3) or a tensor (n, 3, height, width), not {given}.')
+    for what, value, least in (('severity', severity, 1), ('seed', seed, 0), ('first', first, 0)):
+        most, allowed = (5, 'from 1 to 5') if what == 'severity' else (math.inf, '0 or more')
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value <= most:
+            raise UserError(f'{what}={value!r} of {name}: it must be a whole number, {allowed}.')
+    kind, channels = (torch.uint8, 1) if isinstance(images, Tensor) else (np.uint8, 3)
+    fits = isinstance(images, (np.ndarray, Tensor)) and images.dtype == kind and images.ndim == 4
+    if not (fits and images.shape[channels] == 3 and 0 not in images.shape[1:]):
+        given = f'{images.dtype} {tuple(images.shape)}' if hasattr(images, 'dtype') else type(images).__name__
+        raise UserError('corrupt needs uint8 images, a NumPy array (n, height, width, 3) '
+                        f'or a tensor (n, 3, height, width), not {given}.')
 
 
 def corrupt(images,  # uint8, array (n, h, w, 3) or tensor (n, 3, h, w)
@@ -452,12 +418,12 @@ def corrupt(images,  # uint8, array (n, h, w, 3) or tensor (n, 3, h, w)
             severity: int,  # 1 to 5
             seed: int = 0,
             first: int = 0):  # position of the first image in its set → uint8, as the images were
-    "Corrupt images at the strength of CIFAR-10-C. Raise `UserError` for an unknown name, a wrong severity or other images."
+    "Corrupt images as CIFAR-10-C does. Raise `UserError` for an unknown name, a wrong severity or other images."
     _check(images, name, severity, seed, first)
     if isinstance(images, np.ndarray):
         x = corrupt(torch.tensor(images).permute(0, 3, 1, 2), name, severity, seed, first)
         return np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
-    how, key, done = CORRUPTIONS[name], int(digest([name, int(severity), int(seed)])[:16], 16), torch.empty_like(images)
+    how, done, key = CORRUPTIONS[name], torch.empty_like(images), int(digest([name, int(severity), int(seed)])[:16], 16)
     dtype = torch.float32 if images.device.type == 'mps' else torch.float64  # as NumPy computed the published files
     size = max(1, 2**22 // images[0].numel()) if len(images) else 1
     for i in range(0, len(images), size):
