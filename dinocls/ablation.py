@@ -23,14 +23,19 @@ from .train import Divided, Embedded, accuracy_and_loss, averaged, initial_share
 # %% ../nbs/09_ablation.ipynb #aa921edb
 def turned_off(cfg) -> dict:  # technique → fields that turn it off
     "Return the techniques that the recipe uses, and how each is turned off."
-    off = {'crop': dict(flip=False, crop=0), 'jitter': dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0), 'policy': dict(policy=''),
-           'erasing': dict(erasing=0.0), 'mixup': dict(mixup=0.0), 'cutmix': dict(cutmix=0.0), 'smoothing': dict(label_smoothing=0.0),
-           'dropout': dict(head_dropout=(0.0,) * len(cfg.head_dropout)), 'clipping': dict(clip_norm=0.0), 'schedule': dict(schedule='constant'),
+    off = {'crop': dict(flip=False, crop=0), 'jitter': dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0),
+           'policy': dict(policy=''),
+           'erasing': dict(erasing=0.0), 'mixup': dict(mixup=0.0), 'cutmix': dict(cutmix=0.0),
+           'smoothing': dict(label_smoothing=0.0),
+           'dropout': dict(head_dropout=(0.0,) * len(cfg.head_dropout)), 'clipping': dict(clip_norm=0.0),
+           'schedule': dict(schedule='constant'),
            'ema': dict(ema_decay=0.0), 'focal': dict(focal_gamma=0.0), 'hard': dict(hard_weight=0.0)}
     return {name: fields for name, fields in off.items() if any(getattr(cfg, f) != v for f, v in fields.items())}
 
-ROW_NAMES = {'crop': 'crop and flip', 'jitter': 'colour jitter', 'policy': 'random operations', 'erasing': 'Random Erasing', 'mixup': 'MixUp', 'cutmix': 'CutMix', 'smoothing': 'label smoothing',
-         'dropout': 'dropout', 'clipping': 'gradient clipping', 'schedule': 'OneCycle', 'ema': 'EMA', 'ema_warmed_up': 'EMA, warmed up', 'focal': 'focal loss', 'hard': 'hard examples'}
+ROW_NAMES = {'crop': 'crop and flip', 'jitter': 'colour jitter', 'policy': 'random operations',
+             'erasing': 'Random Erasing', 'mixup': 'MixUp', 'cutmix': 'CutMix', 'smoothing': 'label smoothing',
+         'dropout': 'dropout', 'clipping': 'gradient clipping', 'schedule': 'OneCycle', 'ema': 'EMA',
+         'ema_warmed_up': 'EMA, warmed up', 'focal': 'focal loss', 'hard': 'hard examples'}
 
 # %% ../nbs/09_ablation.ipynb #dba0f127
 def add_rows(cfg) -> dict:  # row → what it changes in the configuration
@@ -38,7 +43,8 @@ def add_rows(cfg) -> dict:  # row → what it changes in the configuration
     off = turned_off(cfg)
     bare = {f: v for fields in off.values() for f, v in fields.items()}
     alone = {name: {f: getattr(cfg, f) for f in fields} for name, fields in off.items()}
-    alone |= {'mixup': dict(mixup=cfg.mixup or 0.2), 'ema': dict(ema_decay=0.9999, ema_warmup=False), 'ema_warmed_up': dict(ema_decay=0.9999, ema_warmup=True),
+    alone |= {'mixup': dict(mixup=cfg.mixup or 0.2), 'ema': dict(ema_decay=0.9999, ema_warmup=False),
+              'ema_warmed_up': dict(ema_decay=0.9999, ema_warmup=True),
               'focal': dict(focal_gamma=cfg.focal_gamma or 2.0), 'hard': dict(hard_weight=cfg.hard_weight or 1.0)}
     return {'baseline': bare} | {name: bare | alone[name] for name in ROW_NAMES if name in alone}
 
@@ -57,14 +63,17 @@ def seeds(cfg) -> range:
     return range(cfg.seed, cfg.seed + cfg.study_seeds)
 
 # %% ../nbs/09_ablation.ipynb #e9fa24e2
-def grid(stage, cfg, rows: dict, seeds) -> tuple[list[dict], list[str]]:  # runs that ended well; what went wrong with others
+def grid(stage, cfg, rows: dict, seeds) -> tuple[list[dict],
+                                                 list[str]]:  # runs that ended well; what went wrong with others
     "Bring a stage to completion for each row, a change of the configuration, and each seed."
-    runs, failed = [(row, seed, variant(studied(cfg), seed=seed, **changes)) for row, changes in rows.items() for seed in seeds], []
+    runs, failed = [(row, seed, variant(studied(cfg), seed=seed, **changes)) for row, changes in rows.items()
+                    for seed in seeds], []
     try: run_stages(stage, [c for *_, c in runs])
     except UserError as e: failed = [str(e)]
     done = [(row, seed, stage(c)) for row, seed, c in runs if stage.is_done(c)]
     keep = ('val_accuracy', 'best_epoch', 'cosine', 'cka', 'weight_change')
-    return [{'row': row, 'seed': seed, **{k: result[k] for k in keep if k in result}} for row, seed, result in done], failed
+    return [{'row': row, 'seed': seed, **{k: result[k] for k in keep if k in result}}
+            for row, seed, result in done], failed
 
 # %% ../nbs/09_ablation.ipynb #28cd526c
 def ablation(cfg) -> tuple[list[dict], list[dict], list[str]]:  # runs that add, runs that leave out, what went wrong
@@ -77,14 +86,16 @@ def ablation(cfg) -> tuple[list[dict], list[dict], list[str]]:  # runs that add,
 # %% ../nbs/09_ablation.ipynb #a9d63641
 def summarise(rows: list[dict],  # one a run
               by: str = 'row', sign: int = 1) -> list[dict]:  # one a group; accuracies as fractions; sign −1: differences are the first group's from the others
-    "Return mean, standard deviation and seeds of each group of runs, and the difference from the first group over the seeds that both have, with p, and p corrected for the number of groups."
+    """Return mean, standard deviation and seeds of each group of runs, and the difference from the first group over the
+    seeds that both have, with p, and p corrected for the number of groups."""
     groups = {}
     for r in rows: groups.setdefault(r[by], {})[r['seed']] = r['val_accuracy']
     first, out = next(iter(groups.values())), []
     for name, g in groups.items():
         v, both = list(g.values()), [s for s in g if s in first]
         ends = [[x[s] for s in both] for x in (g, first)][::sign]
-        out.append({by: name, 'accuracy': float(np.mean(v)), 'std': float(np.std(v, ddof=1)) if len(v) > 1 else None, 'seeds': len(v),
+        out.append({by: name, 'accuracy': float(np.mean(v)), 'std': float(np.std(v, ddof=1)) if len(v) > 1 else None,
+                    'seeds': len(v),
                     **(paired(*ends) if both else dict.fromkeys(('gain', 'low', 'high', 'p')))})
     tested = [s for s in out[1:] if s['p'] is not None]
     for s, p in zip(tested, holm([s['p'] for s in tested])): s['holm'] = float(p)
@@ -98,11 +109,13 @@ def draw_gains(ax, summary: list[dict],  # of `summarise`, the first being the b
     for i, s in enumerate(rows):
         real = s['holm'] is not None and s['holm'] < 0.05
         colour = ('C0' if s['gain'] > 0 else 'C3') if real else '0.55'
-        if s['low'] is not None: ax.plot([100 * s['low'], 100 * s['high']], [i, i], color=colour, linewidth=2.2 if real else 1.2)
+        if s['low'] is not None:
+            ax.plot([100 * s['low'], 100 * s['high']], [i, i], color=colour, linewidth=2.2 if real else 1.2)
         ax.plot(100 * s['gain'], i, 'o', color=colour, markerfacecolor=colour if real else 'w', markersize=5.5)
     ax.axvline(0, color='k', linewidth=0.8)
     ax.set_xscale('symlog', linthresh=3, linscale=1.5)
-    ticks = [t for t in (-100, -30, -10, -3, -2, -1, 0, 1, 2, 3, 10, 30, 100) if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]]
+    ticks = [t for t in (-100, -30, -10, -3, -2, -1, 0, 1, 2, 3, 10, 30, 100)
+             if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]]
     ax.set_xticks(ticks, [f'{t:+d}' if t else '0' for t in ticks])
     ax.set(yticks=range(len(rows)), yticklabels=[labels[s['row']] for s in rows], ylim=(len(rows) - 0.5, -0.5))
 
@@ -111,19 +124,23 @@ DECAYS = (0.9, 0.99, 0.999, 0.9999)
 
 @stage
 def ema_study(cfg, folder):
-    "Train a head on embeddings and keep several averages along; return validation accuracy by decay (0: raw weights), warm-up and steps, and the share of initial weights."
+    """Train a head on embeddings and keep several averages along; return validation accuracy by decay (0: raw weights),
+    warm-up and steps, and the share of initial weights."""
     dev, feats, (_, y), (_, val_y) = device(cfg), features(cfg), load_split(cfg, 'train'), load_split(cfg, 'val')
     source = Embedded(torch.from_numpy(feats['train']).to(dev), y.to(dev), cfg.batch_size, cfg.seed)
-    loop = start(classifier(cfg, len(splits(cfg)['classes'])).freeze(), variant(cfg, ema_decay=0.0), cfg.phase1_epochs, len(source), 0.0, cfg.phase1_lr)
+    loop = start(classifier(cfg, len(splits(cfg)['classes'])).freeze(), variant(cfg, ema_decay=0.0), cfg.phase1_epochs,
+                 len(source), 0.0, cfg.phase1_lr)
     loop.val_feats, head, total, rows = torch.from_numpy(feats['val']).to(dev), loop.model.head, cfg.phase1_epochs * len(source), []
     kept = {(d, w): averaged(head, variant(cfg, ema_decay=d, ema_warmup=w)) for d in DECAYS for w in (False, True)}
-    share, when = {k: initial_share(total, *k) for k in kept}, set(np.geomspace(1, total, 24).round().astype(int).tolist())
+    share, when = {k: initial_share(total, *k)
+                   for k in kept}, set(np.geomspace(1, total, 24).round().astype(int).tolist())
 
     def after_step():
         for average in kept.values(): average.update(head, step=loop.steps)
         if loop.steps not in when: return
         for (d, w), part in {(0.0, False): head, **{k: average.module for k, average in kept.items()}}.items():
-            rows.append({'steps': loop.steps, 'decay': d, 'warmup': w, 'val_accuracy': accuracy_and_loss(val_logits(loop, part, None), val_y)['accuracy'],
+            rows.append({'steps': loop.steps, 'decay': d, 'warmup': w,
+                         'val_accuracy': accuracy_and_loss(val_logits(loop, part, None), val_y)['accuracy'],
                          'share': float(share[d, w][loop.steps - 1]) if d else 0.0})
         head.train()
 
@@ -141,16 +158,20 @@ def cka(a: np.ndarray, b: np.ndarray) -> float:  # (n, dim), of the same images;
 
 # %% ../nbs/09_ablation.ipynb #da5e1f63
 def drift(before: torch.nn.Module, after: torch.nn.Module, images, cfg) -> dict:
-    "Return the mean cosine and the CKA of two backbones' embeddings of the same images, and the relative change of the weights."
-    a, b = (x[:, 0] if x.ndim == 3 else x for x in (infer(m, images, cfg) for m in (before, after)))  # (n, dim); CLS where there are all tokens
+    """Return the mean cosine and the CKA of two backbones' embeddings of the same images, and the relative change of
+    the weights."""
+    # (n, dim); CLS where there are all tokens
+    a, b = (x[:, 0] if x.ndim == 3 else x for x in (infer(m, images, cfg) for m in (before, after)))
     old, new = (torch.cat([p.detach().flatten().cpu() for p in m.parameters()]) for m in (before, after))
-    return {'cosine': torch.cosine_similarity(torch.from_numpy(a), torch.from_numpy(b)).mean().item(), 'cka': cka(a, b), 'weight_change': ((new - old).norm() / old.norm()).item()}
+    return {'cosine': torch.cosine_similarity(torch.from_numpy(a), torch.from_numpy(b)).mean().item(),
+            'cka': cka(a, b), 'weight_change': ((new - old).norm() / old.norm()).item()}
 
 # %% ../nbs/09_ablation.ipynb #cf117f38
 def _drifted(cfg, result, weights) -> dict:
     "Return a training's accuracy, and how far its backbone moved from the frozen one."
     frozen, images = classifier(cfg, len(splits(cfg)['classes'])).backbone.to(device(cfg)), load_split(cfg, 'val')[0]
-    return {'val_accuracy': result['val_accuracy'], 'best_epoch': result['best_epoch'], **drift(frozen, with_weights(cfg, weights).backbone, images, cfg)}
+    return {'val_accuracy': result['val_accuracy'], 'best_epoch': result['best_epoch'],
+            **drift(frozen, with_weights(cfg, weights).backbone, images, cfg)}
 
 @stage
 def phase2_drift(cfg, folder):
@@ -167,8 +188,10 @@ def rate_rows(pairs) -> dict:  # (backbone rate, head rate) → what it changes 
     "Return a row for each pair of rates."
     return {(b, h): dict(lr_backbone=b, lr_head=h) for b, h in pairs}
 
-def lr_study(cfg) -> tuple[list[dict], list[dict], list[dict], list[str]]:  # runs of the pairs, of the map, direct ones, and what went wrong
-    "Train phase 2 with the configured rates and each pair, over the seeds; with all pairs of the map, once; and directly."
+def lr_study(cfg) -> tuple[list[dict], list[dict], list[dict],
+                           list[str]]:  # runs of the pairs, of the map, direct ones, and what went wrong
+    """Train phase 2 with the configured rates and each pair, over the seeds; with all pairs of the map, once; and
+    directly."""
     own, all_pairs = (cfg.lr_backbone, cfg.lr_head), [(b, h) for b in cfg.lr_grid[0] for h in cfg.lr_grid[1]]
     pairs, failed = grid(phase2_drift, cfg, rate_rows([*cfg.lr_pairs, own]), seeds(cfg))
     at_once, failed_too = grid(direct_drift, cfg, {'direct': {}}, seeds(cfg))

@@ -29,26 +29,34 @@ def attention_weights(attn: nn.Module,  # an attention module of timm
     seen, fused = [], attn.fused_attn
     with torch.autocast(x.device.type, enabled=False), attn.attn_drop.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
         attn.fused_attn = False
-        try: attn.forward(x.to(next(attn.parameters()).dtype), *args, **kwargs)  # not attn(x): its own hooks stay silent
+        # not attn(x): its own hooks stay silent
+        try: attn.forward(x.to(next(attn.parameters()).dtype), *args, **kwargs)
         finally: attn.fused_attn = fused
     return seen[0].float()
 
 # %% ../nbs/11_attention.ipynb #18a4cb2f
 def _check(body: nn.Module, images: Tensor):
     "Raise `UserError` unless `body` is a vision transformer with a CLS token and `images` are prepared for it."
-    attn = getattr(body.blocks[-1], 'attn', None) if getattr(body, 'cls_token', None) is not None and hasattr(body, 'blocks') else None
+    attn = getattr(body.blocks[-1], 'attn', None) if getattr(body, 'cls_token', None) is not None and hasattr(body,
+        'blocks') else None
     if not (hasattr(attn, 'fused_attn') and hasattr(attn, 'attn_drop') and hasattr(body, 'patch_embed')):
-        raise UserError(f'attention_maps needs a vision transformer of timm with a CLS token, or a Classifier around one, not {type(body).__name__}.')
-    given = (str(images.dtype).removeprefix('torch.'), *images.shape) if isinstance(images, Tensor) else type(images).__name__
-    fixed = body.patch_embed.img_size if body.patch_embed.strict_img_size else images.shape[-2:] if isinstance(images, Tensor) else None
-    if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4 and tuple(images.shape[1:]) == (3, *fixed)):
+        raise UserError(f'attention_maps needs a vision transformer of timm with a CLS token, or a Classifier around '
+                        f'one, not {type(body).__name__}.')
+    given = (str(images.dtype).removeprefix('torch.'), *images.shape) if isinstance(images,
+        Tensor) else type(images).__name__
+    fixed = body.patch_embed.img_size if body.patch_embed.strict_img_size else images.shape[-2:] if isinstance(images,
+        Tensor) else None
+    if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4
+            and tuple(images.shape[1:]) == (3, *fixed)):
         size = ', '.join(map(str, fixed or ('h', 'w')))
-        raise UserError(f'attention_maps needs a float tensor of prepared images (b, 3, {size}), not {given}: pass them through augment.prepare.')
+        raise UserError(f'attention_maps needs a float tensor of prepared images (b, 3, {size}), not {given}: pass '
+                        f'them through augment.prepare.')
 
 # %% ../nbs/11_attention.ipynb #2a586876
 @torch.no_grad()
 def _each_block(model: nn.Module, images: Tensor, see, blocks=slice(None)) -> tuple:
-    "Run a backbone or classifier, let `see` have each block's attention weights in turn, and leave the model as it was; return backbone and grid."
+    """Run a backbone or classifier, let `see` have each block's attention weights in turn, and leave the model as it
+    was; return backbone and grid."""
     body = getattr(model, 'backbone', model)
     _check(body, images)
     modes = {m: m.training for m in body.modules()}
@@ -70,7 +78,8 @@ def to_patches(rows: Tensor,  # attention rows (…, tokens)
 # %% ../nbs/11_attention.ipynb #db3d9b89
 def attention_maps(model: nn.Module,  # a backbone, or a `Classifier`
                    images: Tensor) -> Tensor:  # prepared (b, 3, h, w) → float (b, heads, rows, cols)
-    "Return the last block's attention from CLS to each patch, by head; each map sums to 1. Raise `UserError` for other models or images."
+    """Return the last block's attention from CLS to each patch, by head; each map sums to 1. Raise `UserError` for
+    other models or images."""
     rows = []
     body, grid = _each_block(model, images, lambda weights: rows.append(weights[:, :, 0]), slice(-1, None))
     return to_patches(rows[-1], body).unflatten(2, grid)
@@ -88,25 +97,30 @@ def attention_distance(weights: Tensor,  # (b, heads, patches, patches), rows su
                        grid: tuple,  # rows, cols
                        patch: tuple) -> Tensor:  # height, width of a patch in pixels → (b, heads)
     "Return the mean distance in pixels between a patch and what it attends to."
-    spots = torch.cartesian_prod(*(torch.arange(n, device=weights.device, dtype=weights.dtype) * side for n, side in zip(grid, patch)))  # (patches, 2)
+    spots = torch.cartesian_prod(*(torch.arange(n, device=weights.device, dtype=weights.dtype) * side
+                                   for n, side in zip(grid, patch)))  # (patches, 2)
     return (weights * torch.cdist(spots, spots)).sum(-1).mean(-1)
 
 # %% ../nbs/11_attention.ipynb #0d6ac0d2
 def watch(model: nn.Module, images: Tensor,  # as for `attention_maps`
           blocks=slice(None)) -> tuple[Tensor, Tensor, Tensor]:  # whose maps are kept
-    "Return CLS's attention maps (b, blocks, heads, rows, cols), its rollout over all blocks (b, rows, cols), and the distances (b, all blocks, heads)."
+    """Return CLS's attention maps (b, blocks, heads, rows, cols), its rollout over all blocks (b, rows, cols), and the
+    distances (b, all blocks, heads)."""
     maps, distances, rolled, body = [], [], None, getattr(model, 'backbone', model)
     def see(weights):
         nonlocal rolled
         rolled, grid = roll(rolled, weights), [s // p for s, p in zip(images.shape[-2:], body.patch_embed.patch_size)]
         maps.append(to_patches(weights[:, :, 0], body))
-        distances.append(attention_distance(to_patches(weights[:, :, body.num_prefix_tokens:], body), grid, body.patch_embed.patch_size))
+        distances.append(attention_distance(to_patches(weights[:, :, body.num_prefix_tokens:], body), grid,
+                                            body.patch_embed.patch_size))
     _, grid = _each_block(model, images, see)
-    return torch.stack(maps[blocks], 1).unflatten(3, grid), to_patches(rolled[:, 0], body).unflatten(1, grid), torch.stack(distances, 1)
+    return torch.stack(maps[blocks], 1).unflatten(3, grid), to_patches(rolled[:, 0], body).unflatten(1,
+        grid), torch.stack(distances, 1)
 
 # %% ../nbs/11_attention.ipynb #680ac975
 def map_spread(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (n, heads, rows, cols) → (n,), (n,)
-    "Return the spatial variance of each image's head-mean map (1: weight under uniform attention), and its entropy (0 … 1)."
+    """Return the spatial variance of each image's head-mean map (1: weight under uniform attention), and its entropy (0
+    … 1)."""
     from scipy.special import entr
     p = maps.mean(1).reshape(len(maps), -1)  # (n, patches)
     return (p * p.shape[1]).var(1), entr(p).sum(1) / math.log(max(2, p.shape[1]))
@@ -125,17 +139,21 @@ def stratified(labels: np.ndarray,  # (n,)
 class Watched(nn.Module):
     "A model that answers with what `watch` sees, one row an image."
     def __init__(self, model, blocks=slice(None)): super().__init__(); self.model, self.blocks = model, blocks
-    def forward(self, x: Tensor) -> Tensor: return torch.cat([part.flatten(1) for part in watch(self.model, x, self.blocks)], 1)
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part.flatten(1) for part in watch(self.model, x, self.blocks)], 1)
 
 # %% ../nbs/11_attention.ipynb #cd3cd654
-def watched(model: nn.Module, images: Tensor, cfg, blocks=slice(None)) -> list[np.ndarray]:  # images: uint8 (n, 3, h, w)
+def watched(model: nn.Module, images: Tensor, cfg,
+            blocks=slice(None)) -> list[np.ndarray]:  # images: uint8 (n, 3, h, w)
     "Apply `watch` to images as they are stored, batch by batch."
     body = getattr(model, 'backbone', model)
     depth, heads, grid = len(body.blocks), body.blocks[0].attn.num_heads, body.patch_embed.grid_size
     size = max(1, min(256, 2**26 // (heads * (body.num_prefix_tokens + math.prod(grid)) ** 2)))
     rows = infer(Watched(model, blocks), images, cfg, size)
     shapes = [(len(range(depth)[blocks]), heads, *grid), grid, (depth, heads)]
-    return [part.reshape(-1, *shape) for part, shape in zip(np.split(rows, np.cumsum([math.prod(s) for s in shapes])[:-1], axis=1), shapes)]
+    return [part.reshape(-1, *shape) for part, shape in zip(np.split(rows,
+                                                                     np.cumsum([math.prod(s) for s in shapes])[:-1],
+                                                                     axis=1), shapes)]
 
 # %% ../nbs/11_attention.ipynb #24f1dc9b
 @stage
@@ -143,31 +161,37 @@ def attention(cfg, folder):
     "Measure the fine-tuned model's attention on all test images, and keep maps and rollout of a stratified sample."
     from scipy.special import softmax
     model, logits, (images, _) = phase2_model(cfg), phase2_logits(cfg), load_split(cfg, 'test')
-    found = [(*map_spread(maps[:, 0]), distances) for maps, _, distances in (watched(model, part, cfg, slice(-1, None)) for part in images.split(512))]
+    found = [(*map_spread(maps[:, 0]), distances)
+             for maps, _, distances in (watched(model, part, cfg, slice(-1, None)) for part in images.split(512))]
     variance, entropy, distances = (np.concatenate(part) for part in zip(*found))
     labels, p = logits['test_labels'], softmax(logits['test_logits'], axis=1)
     sample = stratified(labels, cfg.attention_images, cfg.split_seed)
     maps, rolled, _ = watched(model, images[sample], cfg)
-    return {'variance': variance, 'entropy': entropy, 'distance': distances[:, -1].mean(1), 'distances': distances.mean(0), 'label': labels,
+    return {'variance': variance, 'entropy': entropy, 'distance': distances[:, -1].mean(1),
+            'distances': distances.mean(0), 'label': labels,
             'correct': p.argmax(1) == labels, 'confidence': p.max(1), 'sample': sample, 'maps': maps, 'rollout': rolled}
 
 # %% ../nbs/11_attention.ipynb #79b6d9a4
 MEASURES = ('variance', 'entropy', 'distance')  # of an image's attention in the last block
 
 def class_rows(result, classes: list, index=slice(None)) -> list[dict]:  # index: images whose attention counts
-    "Return accuracy and confidence (in percent, over all test images), and the means of the attention's measures, of each class with test images."
+    """Return accuracy and confidence (in percent, over all test images), and the means of the attention's measures, of
+    each class with test images."""
     rows, (label, correct, confidence) = [], (result[k] for k in ('label', 'correct', 'confidence'))
     picked, measured = label[index], {k: result[k][index] for k in MEASURES}
     for c, name in enumerate(classes):
         if not (mine := picked == c).any(): continue
-        rows.append({'class': name, 'n': int((label == c).sum()), 'accuracy': 100 * float(correct[label == c].mean()), 'confidence': 100 * float(confidence[label == c].mean()),
-                     'images': int(mine.sum()), 'variance_std': float(measured['variance'][mine].std()), **{k: float(v[mine].mean()) for k, v in measured.items()}})
+        rows.append({'class': name, 'n': int((label == c).sum()), 'accuracy': 100 * float(correct[label == c].mean()),
+                     'confidence': 100 * float(confidence[label == c].mean()),
+                     'images': int(mine.sum()), 'variance_std': float(measured['variance'][mine].std()),
+                     **{k: float(v[mine].mean()) for k, v in measured.items()}})
     return rows
 
 # %% ../nbs/11_attention.ipynb #ce905b58
 @stage
 def registers(cfg, folder):
-    "Compare the last block's attention of a frozen backbone without and with registers, on a stratified sample. Raise `UserError` where there are not both."
+    """Compare the last block's attention of a frozen backbone without and with registers, on a stratified sample. Raise
+    `UserError` where there are not both."""
     plain = cfg.backbone.removesuffix('_reg')
     if f'{plain}_reg' not in BACKBONES: raise UserError(f'{plain} has no twin with registers.')
     if cfg.weights == 'random': raise UserError('weights=random: two random backbones differ by chance only.')
@@ -184,11 +208,15 @@ def draw_maps(pictures,  # uint8 (n, h, w, 3)
     "Draw images and, beside each, the image under its maps; return the figure."
     times = maps * maps.shape[2] * maps.shape[3]
     wide = min(1, 6.4 / (3 + maps.shape[1]))  # inches a map
-    fig, axes = subplots(len(maps), 1 + maps.shape[1], size=(6.4, (0.2 + wide) * len(maps) + 0.8), squeeze=False, gridspec_kw={'wspace': 0.03, 'hspace': 0.05})
+    fig, axes = subplots(len(maps), 1 + maps.shape[1], size=(6.4, (0.2 + wide) * len(maps) + 0.8), squeeze=False,
+                         gridspec_kw={'wspace': 0.03, 'hspace': 0.05})
     for line, picture, seen, name in zip(axes, pictures, times, names):
         line[0].set_ylabel(name, rotation=0, ha='right', va='center')
-        for ax in line: ax.imshow(picture, extent=(0, 1, 0, 1)); ax.set(xticks=[], yticks=[]); ax.grid(False); ax.spines[:].set_visible(False)
-        for ax, m in zip(line[1:], seen): drawn = ax.imshow(m, extent=(0, 1, 0, 1), cmap='inferno', alpha=0.65, vmin=0, vmax=times.max())
+        for ax in line:
+            ax.imshow(picture, extent=(0, 1, 0, 1)); ax.set(xticks=[],
+                                                            yticks=[]); ax.grid(False); ax.spines[:].set_visible(False)
+        for ax, m in zip(line[1:], seen):
+            drawn = ax.imshow(m, extent=(0, 1, 0, 1), cmap='inferno', alpha=0.65, vmin=0, vmax=times.max())
     for ax, name in zip(axes[0], ['image', *columns]): ax.set_title(name, fontsize=8, loc='center', fontweight='normal')
     fig.colorbar(drawn, ax=axes, label='attention (1: uniform)', shrink=min(1, 0.5 + 0.1 * len(maps)))
     fig.suptitle(title, x=0, ha='left', fontweight='bold', fontsize=11)
@@ -206,9 +234,11 @@ def live() -> bool:
 # %% ../nbs/11_attention.ipynb #c32907ac
 def explore(draw,  # function of the choices, which leaves an open figure
             **choices):  # name → list of (label, value)
-    "Let a reader choose, and draw anew at each choice; without a reader, draw the first choices and return what `draw` does."
+    """Let a reader choose, and draw anew at each choice; without a reader, draw the first choices and return what
+    `draw` does."""
     if not live(): return draw(**{name: options[0][1] for name, options in choices.items()})
     import ipywidgets
     from IPython.display import display
-    controls = {name: ipywidgets.SelectionSlider(options=options, description=name, continuous_update=False) for name, options in choices.items()}
+    controls = {name: ipywidgets.SelectionSlider(options=options, description=name, continuous_update=False)
+                for name, options in choices.items()}
     display(ipywidgets.VBox([*controls.values(), ipywidgets.interactive_output(draw, controls)]))

@@ -20,24 +20,29 @@ def vit(**options):
 
 def eva():
     torch.manual_seed(0)
-    return timm.models.eva.Eva(img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0, use_rot_pos_emb=True, num_reg_tokens=3).eval()
+    return timm.models.eva.Eva(img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0,
+                               use_rot_pos_emb=True, num_reg_tokens=3).eval()
 
 
 @pytest.fixture
 def x(): return 3 * torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize('body', [vit(), vit(reg_tokens=4, init_values=0.5), vit(qk_norm=True, qkv_bias=False), eva()], ids=['plain', 'registers', 'norms', 'rotary'])
+@pytest.mark.parametrize('body', [vit(), vit(reg_tokens=4, init_values=0.5), vit(qk_norm=True, qkv_bias=False), eva()],
+                         ids=['plain', 'registers', 'norms', 'rotary'])
 def test_weights_are_those_that_the_fast_kernel_uses(body, x):
     "Applied to the values, the weights must give the module's own output, which the fused kernel computes without them."
     calls = []
     attn = body.blocks[-1].attn
-    with attn.register_forward_hook(lambda m, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True), torch.no_grad(): body(x)
+    with attn.register_forward_hook(lambda m, args, kwargs, out: calls.append((args, kwargs, out)),
+                                    with_kwargs=True), torch.no_grad():
+        body(x)
     (given, *args), kwargs, out = calls[0]
     assert attn.fused_attn, 'else nothing is independent'
     with torch.no_grad():
         weights = attention.attention_weights(attn, given, *args, **kwargs)
-        v = torch.nn.functional.linear(given, attn.qkv.weight, attn.qkv.bias).unflatten(2, (3, attn.num_heads, -1))[:, :, 2].transpose(1, 2)  # (b, heads, tokens, dim of a head)
+        v = torch.nn.functional.linear(given, attn.qkv.weight, attn.qkv.bias).unflatten(2, (3, attn.num_heads, -1))[:,
+            :, 2].transpose(1, 2)  # (b, heads, tokens, dim of a head)
         if getattr(attn, 'q_bias', None) is not None: v = v + attn.v_bias.unflatten(0, (attn.num_heads, 1, -1))
         again = attn.proj(attn.norm((weights @ v).transpose(1, 2).flatten(2)))
     torch.testing.assert_close(again, out, atol=1e-5, rtol=1e-4)
@@ -72,19 +77,23 @@ def test_no_map_under_lower_precision_loses_its_sum(x):
     torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 4), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('fails', [lambda body: body.norm, lambda body: body.blocks[1].attn.attn_drop, lambda body: body.blocks[0].attn.proj], ids=['norm', 'weights', 'projection'])
+@pytest.mark.parametrize('fails', [lambda body: body.norm, lambda body: body.blocks[1].attn.attn_drop,
+                                   lambda body: body.blocks[0].attn.proj], ids=['norm', 'weights', 'projection'])
 def test_a_failure_leaves_the_model_as_it_was(fails, x):
     body = vit().train()
     body.blocks[0].attn.fused_attn = False  # as someone may have set it
     fused = [b.attn.fused_attn for b in body.blocks]
-    with fails(body).register_forward_pre_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError): attention.watch(body, x)
+    with fails(body).register_forward_pre_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        attention.watch(body, x)
     assert [b.attn.fused_attn for b in body.blocks] == fused == [False, True, True]
     assert all(m.training and not m._forward_pre_hooks and not m._forward_hooks for m in body.modules())
     attention.watch(body, x)
     assert [b.attn.fused_attn for b in body.blocks] == fused and all(m.training for m in body.modules())
 
 
-@pytest.mark.parametrize('other', [torch.nn.Linear(3, 3), vit(class_token=False, global_pool='avg'), timm.create_model('resnet10t', num_classes=0)], ids=['linear', 'no CLS', 'convolutions'])
+@pytest.mark.parametrize('other', [torch.nn.Linear(3, 3), vit(class_token=False, global_pool='avg'),
+                                   timm.create_model('resnet10t', num_classes=0)],
+                                   ids=['linear', 'no CLS', 'convolutions'])
 def test_other_models_are_refused(other, x):
     with pytest.raises(files.UserError, match='vision transformer'): attention.attention_maps(other, x)
 
@@ -93,11 +102,14 @@ def test_many_images_pass_in_batches(monkeypatch):
     cfg, pixels = config.preset('smoke'), torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
     body, sizes = model.backbone('book-digits', 32, 'random').eval(), []
     whole = attention.watched(body, pixels, cfg)
-    monkeypatch.setattr(attention, 'infer', lambda m, images, cfg, size: sizes.append(size) or model.infer(m, images, cfg, 2))
-    for a, b in zip(whole, attention.watched(body, pixels, cfg), strict=True): np.testing.assert_allclose(a, b, atol=1e-5)
+    monkeypatch.setattr(attention, 'infer',
+                        lambda m, images, cfg, size: sizes.append(size) or model.infer(m, images, cfg, 2))
+    for a, b in zip(whole, attention.watched(body, pixels, cfg), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
     assert sizes == [256]
     large = model.backbone('dinov2_vitb14', 224, 'random').to('meta')
-    monkeypatch.setattr(attention, 'infer', lambda m, images, cfg, size: sizes.append(size) or np.zeros((7, 12 * 256 + 256 + 144)))
+    monkeypatch.setattr(attention, 'infer',
+                        lambda m, images, cfg, size: sizes.append(size) or np.zeros((7, 12 * 256 + 256 + 144)))
     assert attention.watched(large, pixels, cfg, slice(-1, None))[0].shape == (7, 1, 12, 16, 16)
     assert sizes[-1] * 12 * 257**2 * 4 <= 2**28, 'a quarter of a gigabyte'
 
