@@ -152,7 +152,7 @@ def draw_attention(served, items: list, names: list, file: Path) -> Path:
     import matplotlib.pyplot as plt
     import numpy as np
     import torch
-    from ..attention import draw_maps, watched
+    from ..attention import draw_maps, gather_attention
     from ..kit.pictures import to_pixels
     pictures = {}
     for item, name in zip(items, names):
@@ -160,7 +160,7 @@ def draw_attention(served, items: list, names: list, file: Path) -> Path:
         if len(pictures) == 12: break
     if not pictures: raise UserError('There is no picture to draw attention over.')
     shown = np.stack(list(pictures.values()))
-    heads = watched(served.model, torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous(), served.cfg, slice(-1, None))[0][:, 0]
+    heads = gather_attention(served.model, torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous(), served.cfg, slice(-1, None))[0][:, 0]
     answers = [a['prediction'] for a in served.answers(list(shown))]
     maps = np.concatenate([heads.mean(1, keepdims=True), heads[:, :6]], 1)
     fig = draw_maps(shown, maps, answers, ['mean', *(f'head {i + 1}' for i in range(maps.shape[1] - 1))], 'Where the last block looks')
