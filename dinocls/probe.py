@@ -8,6 +8,7 @@ __all__ = ['STRENGTHS', 'RATES', 'REPRESENTATIONS', 'KS', 'SHOTS', 'DRAWS', 'nei
            'between_share', 'layouts', 'probe', 'correct_by_probe', 'few_shot_means', 'spaced']
 
 # %% ../nbs/08_probe.ipynb #67554307
+import contextlib
 import functools
 import math
 
@@ -81,6 +82,14 @@ def knn(bank,  # features (n, dim), array or tensor
     return vote(similarities, labels.to(index.device)[index], temperature)
 
 # %% ../nbs/08_probe.ipynb #17979ecc
+@contextlib.contextmanager
+def _threads(x):
+    "Compute with one thread in torch if a matrix is small and on the CPU."
+    before = torch.get_num_threads()
+    if x.device.type == 'cpu' and x.numel() < 2**23: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 def _principal(x):  # (n, dim)
     """Return features along their principal axes (n, r), the axes (dim, r) and the variance along each (r,), without
     those along which nothing varies."""
@@ -98,16 +107,17 @@ def logistic(x,  # standardised features (n, dim), float64
     """Yield (C, weights (classes, dim + 1) with the intercept last, whether it converged) of the logistic regression
     that scikit-learn would fit, for each C."""
     n, classes = len(x), int(codes.max()) + 1
-    z, axes, variance = _principal(x.float() if n > 10_000 else x)
+    with _threads(x): z, axes, variance = _principal(x.float() if n > 10_000 else x)
     del x  # raw pixels of 45,000 images take half a gigabyte
     u, hot = torch.zeros(classes, len(variance) + 1).to(variance), F.one_hot(codes, classes).to(z)
     z, variance = F.pad(z, (0, 1), value=1), F.pad(variance, (0, 1), value=1)  # the intercept
     for C in strengths:
         # of two classes scikit-learn penalises only the difference; the intercept it leaves free
         penalty = (2 if classes == 2 else 1) / (C * n) * F.pad(torch.ones_like(variance[1:]), (0, 1))
-        p = (z @ u.T.to(z)).softmax(1)
-        scale = (variance * (p * (1 - p)).mean().double() + penalty).rsqrt()
-        u, steps = _minimise(z, hot, u, scale, penalty, max_iter)
+        with _threads(z):
+            p = (z @ u.T.to(z)).softmax(1)
+            scale = (variance * (p * (1 - p)).mean().double() + penalty).rsqrt()
+            u, steps = _minimise(z, hot, u, scale, penalty, max_iter)
         yield C, torch.cat([u[:, :-1] @ axes.T.to(u), u[:, -1:]], 1), steps < max_iter
 
 def _minimise(z, hot, w, scale, penalty, max_iter: int):  # (n, r), (n, classes), (classes, r), (r,), (r,)
@@ -303,8 +313,7 @@ def probe(cfg, folder):
 
 # %% ../nbs/08_probe.ipynb #0c1541b3
 def correct_by_probe(result, split: str = 'test') -> dict:  # name → bool (n,)
-    """Return which images of a split were answered right, by each probe (as in `knn:frozen`) and by the fine-tuned
-    classifier (`finetuned`)."""
+    "Return which images were answered right by each probe (as in `knn:frozen`) and the fine-tuned model (`finetuned`)."
     return dict(zip(result['names'], result[f'{split}_right']))
 
 # %% ../nbs/08_probe.ipynb #f067a609
@@ -317,8 +326,7 @@ def few_shot_means(rows: list[dict]) -> list[dict]:
 
 # %% ../nbs/08_probe.ipynb #fb43fb2a
 def spaced(xy: np.ndarray, first: np.ndarray, apart: float = 0.036) -> list[int]:  # apart: share of the picture's width
-    """Return which places can be shown so that no two come closer than `apart` in both directions; those marked in
-    `first` go first."""
+    "Return which places fit without two closer than `apart` in both directions; those marked in `first` go first."
     unit = (xy - xy.min(0)) / np.maximum(np.ptp(xy, axis=0), 1e-12)
     taken = []
     for i in np.argsort(~first, kind='stable'):
