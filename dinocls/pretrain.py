@@ -33,7 +33,7 @@ from .kit.machine import progress
 from .kit.stage import stage, variant
 from .model import BACKBONES, backbone, device, fit_weights, infer, random_backbone
 from .probe import knn, linear_probe, pixels, probe_one
-from .train import Checkpointer, Loop, checkpoints, load_checkpoint, optimise, start
+from .train import Checkpointer, Loop, checkpoints, compiles, load_checkpoint, optimise, start
 
 # %% ../nbs/A1_pretrain.ipynb #8a5e8a39
 def affine(b: int, cfg, generator, strength: float = 1.0) -> Tensor:  # (b, 2, 3)
@@ -289,9 +289,7 @@ def self_supervise(images: Tensor,  # uint8 (n, 3, h, w), on the device
         raise UserError('Pre-training runs in one process: start it without accelerate launch.')
     loop.ema.module.requires_grad_(False)
     load_checkpoint(loop, folder, 'pretrain')
-    long = images.is_cuda and (epochs - loop.epoch) * steps > 5000
-    if cfg.compile == 'on' or cfg.compile == 'auto' and long:
-        torch._dynamo.config.suppress_errors = True  # what can't be compiled runs as it is
+    if compiles(cfg, loop.accelerator.device, (epochs - loop.epoch) * steps):
         for net in (loop.model, loop.ema.module): net.compile(dynamic=False)  # a local view is another graph
     with Checkpointer(loop, Path(folder), 'pretrain') as keeper:
         while loop.epoch < epochs:

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from dinocls.kit import config, files
-from dinocls import ablation, phase1 as chapter5, train
+from dinocls import phase1 as chapter5, train
 from dinocls.ablation import add_rows, cka, drift, ema_study, grid, leave_rows, summarise, turned_off
-from dinocls.stats import paired
-from dinocls.stats import holm
+from dinocls.stats import holm, paired
 from dinocls.augment import label_loss, mixed_loss
 from dinocls.kit.config import preset
 from dinocls.kit.stage import variant
@@ -21,7 +20,8 @@ from dinocls.phase1 import phase1
 
 def batch(n=12, classes=10):
     g = torch.Generator().manual_seed(0)
-    return 3 * torch.randn(n, classes, generator=g), *torch.randint(classes, (2, n), generator=g), torch.rand(n, generator=g)
+    return 3 * torch.randn(n, classes, generator=g), *torch.randint(classes, (2, n), generator=g), torch.rand(n,
+        generator=g)
 
 
 def by_hand(z, y, smoothing, gamma):
@@ -38,9 +38,11 @@ def by_hand(z, y, smoothing, gamma):
 @pytest.mark.parametrize('hard', [0.0, 1.0, 0.5])
 def test_the_loss_is_the_formula(gamma, smoothing, hard):
     logits, a, b, lam = batch()
-    each = torch.stack([k * by_hand(z, i, smoothing, gamma) + (1 - k) * by_hand(z, j, smoothing, gamma) for z, i, j, k in zip(logits, a, b, lam)])
+    each = torch.stack([k * by_hand(z, i, smoothing, gamma) + (1 - k) * by_hand(z, j, smoothing, gamma)
+                        for z, i, j, k in zip(logits, a, b, lam)])
     wanted = (each ** hard / (each ** hard).mean() * each).mean()
-    torch.testing.assert_close(mixed_loss(logits, a, b, lam, smoothing, gamma, hard).double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mixed_loss(logits, a, b, lam, smoothing, gamma, hard).double(), wanted, rtol=1e-5,
+                               atol=1e-6)
 
 
 def test_both_are_off_by_default_to_the_bit():
@@ -66,13 +68,14 @@ def test_sure_predictions_and_half_precision_stay_finite(gamma):
         loss = mixed_loss(logits, *torch.zeros(2, 2, dtype=torch.long), torch.ones(2), 0.1, gamma, 1.0)
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
-    with torch.autocast('cpu', torch.bfloat16): assert torch.isfinite(label_loss(torch.randn(4, 10).bfloat16(), torch.arange(4), 0.1, gamma)).all()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.isfinite(label_loss(torch.randn(4, 10).bfloat16(), torch.arange(4), 0.1, gamma)).all()
 
 
 def test_training_uses_the_configured_loss(monkeypatch, tmp_path):
     seen, original = [], train.mixed_loss
     monkeypatch.setattr(train, 'mixed_loss', lambda *args: (seen.append(args[4:]), original(*args))[1])
-    phase1(preset('smoke', out=tmp_path, phase1_epochs=1, focal_gamma=2.0, hard_weight=0.5, label_smoothing=0.2))
+    phase1(preset('smoke', out=str(tmp_path), phase1_epochs=1, focal_gamma=2.0, hard_weight=0.5, label_smoothing=0.2))
     assert set(seen) == {(0.2, 2.0, 0.5)}
 
 
@@ -87,12 +90,14 @@ def test_holm_is_the_definition():
 def test_equal_rows_are_rarely_told_apart():
     "Under no difference at all, a family of ten shows one below 0.05 in at most about 5 % of studies."
     rng = np.random.default_rng(0)
-    found = [min(holm([paired(rng.normal(size=4), rng.normal(size=4))['p'] for _ in range(10)])) < 0.05 for _ in range(300)]
+    found = [min(holm([paired(rng.normal(size=4), rng.normal(size=4))['p'] for _ in range(10)])) < 0.05
+             for _ in range(300)]
     assert np.mean(found) < 0.09
 
 
 def test_rows_are_paired_by_seed_and_missing_runs_are_left_out():
-    rows = [{'row': r, 'seed': s, 'val_accuracy': v} for r, s, v in (('a', 1, 0.5), ('a', 2, 0.7), ('a', 3, 0.9), ('b', 3, 1.0), ('b', 1, 0.65), ('c', 4, 0.1))]
+    rows = [{'row': r, 'seed': s, 'val_accuracy': v}
+            for r, s, v in (('a', 1, 0.5), ('a', 2, 0.7), ('a', 3, 0.9), ('b', 3, 1.0), ('b', 1, 0.65), ('c', 4, 0.1))]
     a, b, c = summarise(rows)
     want = paired([0.65, 1.0], [0.5, 0.9])
     assert (b['seeds'], b['gain'], b['p']) == (2, pytest.approx(want['gain']), pytest.approx(want['p']))
@@ -107,24 +112,28 @@ def test_the_techniques_together_are_the_recipe():
         bare = variant(cfg, **rows['baseline'])
         assert turned_off(bare) == {} and not chapter5.varies(bare)
         assert variant(bare, **{f: getattr(cfg, f) for fields in off.values() for f in fields}) == variant(cfg)
-        for technique in off: assert set(turned_off(variant(cfg, **leave_rows(cfg)[technique]))) == set(off) - {technique}
-        assert set(rows) >= {'baseline', 'mixup', 'cutmix', 'erasing', 'jitter', 'smoothing', 'ema', 'dropout', 'clipping', 'schedule', 'focal', 'hard'}
-        for row in ('mixup', 'cutmix', 'erasing', 'jitter', 'smoothing', 'dropout', 'clipping', 'schedule', 'focal', 'hard'):
+        for technique in off:
+            assert set(turned_off(variant(cfg, **leave_rows(cfg)[technique]))) == set(off) - {technique}
+        assert set(rows) >= {'baseline', 'mixup', 'cutmix', 'erasing', 'jitter', 'smoothing', 'ema', 'dropout',
+                             'clipping', 'schedule', 'focal', 'hard'}
+        for row in ('mixup', 'cutmix', 'erasing', 'jitter', 'smoothing', 'dropout', 'clipping', 'schedule', 'focal',
+                    'hard'):
             assert set(turned_off(variant(cfg, **rows[row]))) == {row}
 
 
 def test_an_average_kept_along_is_the_one_of_phase1(tmp_path):
-    bare = add_rows(cfg := preset('smoke', out=tmp_path, phase1_epochs=3))['baseline']
+    bare = add_rows(cfg := preset('smoke', out=str(tmp_path), phase1_epochs=3))['baseline']
     rows = ema_study(variant(cfg, **bare))['rows']
     steps = max(r['steps'] for r in rows)
     for decay, warmup in ((0.9, False), (0.9999, True)):
         last = phase1(variant(cfg, **bare | dict(ema_decay=decay, ema_warmup=warmup)))['history'][-1]
-        assert [r['val_accuracy'] for r in rows if (r['steps'], r['decay'], r['warmup']) == (steps, decay, warmup)] == [last['val_accuracy']]
+        assert [r['val_accuracy'] for r in rows
+                if (r['steps'], r['decay'], r['warmup']) == (steps, decay, warmup)] == [last['val_accuracy']]
         assert [r['val_accuracy'] for r in rows if (r['steps'], r['decay']) == (steps, 0)] == [last['raw_val_accuracy']]
 
 
 def test_a_failed_cell_does_not_lose_the_grid(monkeypatch, tmp_path):
-    cfg, original, tried = preset('smoke', out=tmp_path, phase1_epochs=1), chapter5.fit, []
+    cfg, original, tried = preset('smoke', out=str(tmp_path), phase1_epochs=1), chapter5.fit, []
     def broken(model, train, val, c, **options):
         tried.append(c.seed)
         if c.seed == 43 and c.clip_norm == 0: raise RuntimeError('a bad day')
@@ -136,7 +145,8 @@ def test_a_failed_cell_does_not_lose_the_grid(monkeypatch, tmp_path):
     assert len(failed) == 1 and 'clip_norm=0.0' in failed[0] and 'a bad day' in failed[0]
     assert summarise(found)[1]['seeds'] == 1
 
-    monkeypatch.setattr(chapter5, 'fit', lambda *args, **options: (tried.append('again'), original(*args, **options))[1])
+    monkeypatch.setattr(chapter5, 'fit',
+                        lambda *args, **options: (tried.append('again'), original(*args, **options))[1])
     found, failed = grid(phase1, cfg, rows, (42, 43))
     assert len(found) == 4 and not failed and tried.count('again') == 1
 
@@ -151,7 +161,7 @@ def test_cka_knows_turns_and_scale_from_change():
 
 @pytest.mark.parametrize('pooling', ['cls', 'cls+mean', 'attention'])
 def test_drift_of_every_kind_of_backbone(pooling, tmp_path):
-    cfg = preset('smoke', out=tmp_path, pooling=pooling)
+    cfg = preset('smoke', out=str(tmp_path), pooling=pooling)
     still, images = classifier(cfg, 10).backbone, load_split(cfg, 'val')[0][:8]
     moved = copy.deepcopy(still)
     with torch.no_grad(): moved.blocks[0].mlp.fc1.weight.mul_(3)
@@ -164,5 +174,5 @@ def test_a_map_of_rates_must_be_two_lists():
     for bad in ('[1e-3]', '[[1e-3], []]', '[[1e-3], [-1]]', '[1e-3, 1e-2]'):
         with pytest.raises(files.UserError, match='lr_grid'): preset('quick', lr_grid=bad)
     for cfg in map(preset, config.PRESETS):
-        assert cfg.preset == 'smoke' or set(cfg.lr_pairs) <= {(b, h) for b in cfg.lr_grid[0] for h in cfg.lr_grid[1]}, 'pairs are cells of the map'
-    assert {b for b, _ in ablation.rate_rows([(1e-3, 1e-2)])} == {1e-3}
+        assert cfg.preset == 'smoke' or set(cfg.lr_pairs) <= {(b, h) for b in cfg.lr_grid[0]
+                                                              for h in cfg.lr_grid[1]}, 'pairs are cells of the map'

@@ -194,7 +194,7 @@ def test_neighbours_are_compared_with_those_of_others(capsys):
     knn = script('knn')
     knn.main(1, 0.01)
     text = capsys.readouterr().out
-    assert '100 random queries, 500 × 768 vectors' in text and 'scikit-learn, NearestNeighbors' in text and '| 30 |' in text
+    assert '100 queries, 500 × 768 vectors' in text and 'scikit-learn, NearestNeighbors' in text and '| 30 |' in text
     bank = torch.randn(50, 8).numpy()
     with pytest.raises(AssertionError): knn.same(bank, bank[:5], torch.arange(5)[:, None].numpy(), torch.arange(5)[:, None].numpy() + 1)  # neighbours that are further off
 

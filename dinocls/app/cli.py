@@ -167,7 +167,7 @@ def draw_attention(served, items: list, names: list, file: Path) -> Path:
     import matplotlib.pyplot as plt
     import numpy as np
     import torch
-    from ..attention import draw_maps, watched
+    from ..attention import draw_maps, gather_attention
     from ..kit.pictures import to_pixels
     pictures = {}
     for item, name in zip(items, names):
@@ -176,7 +176,7 @@ def draw_attention(served, items: list, names: list, file: Path) -> Path:
     if not pictures: raise UserError('There is no picture to draw attention over.')
     shown = np.stack(list(pictures.values()))
     images = torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous()
-    heads = watched(served.model, images, served.cfg, slice(-1, None))[0][:, 0]
+    heads = gather_attention(served.model, images, served.cfg, slice(-1, None))[0][:, 0]
     maps = np.concatenate([heads.mean(1, keepdims=True), heads[:, :6]], 1)
     answers = [a['prediction'] for a in served.answers(list(shown))]
     columns = ['mean', *(f'head {i}' for i in range(1, maps.shape[1]))]
