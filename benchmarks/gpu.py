@@ -217,9 +217,9 @@ def check(size) -> dict:
 def epochs(size) -> dict:  # field → seconds of an epoch on the training split, and those before it is at speed
     "Time epochs of pre-training and of phase 2 on some random images."
     import torch
-    from dinocls.data import on_device
     from dinocls.model import classifier, device
-    from dinocls.pretrain import self_supervise, step_flops
+    from dinocls.pretrain import self_supervise
+    from recipe import step_flops
     from dinocls.train import fit
     cfg, found = config.preset('cifar', **size['cifar'], weights='random'), {}
     quick = stage.variant(cfg, pretrain_epochs=4, compile=size['compile'])
@@ -499,22 +499,22 @@ def pack(out: Path):
     "Gather speeds, weights and the run's record, and of the stages' results those that took longest for their size."
     out.mkdir(parents=True, exist_ok=True)
     runs = [f.parent for f in OUT.glob('cifar-*/run.json')]
-    files = [f for name in ('speed', 'plan', 'weights') for f in (OUT/name).glob('*')]
+    parcel = [f for name in ('speed', 'plan', 'weights') for f in (OUT/name).glob('*')]
     record = [f for run in runs for f in run.rglob('*') if f.is_file() and f.relative_to(run).parts[0] not in LEFT_OUT
               and not f.name.startswith('.')]
     for f in record:
         if f.stat().st_size > LARGEST: say(f'{f.relative_to(OUT)} is left out: {f.stat().st_size / 1e6:.1f} MB')
-    files += [*(f for f in record if f.stat().st_size <= LARGEST),
+    parcel += [*(f for f in record if f.stat().st_size <= LARGEST),
               *(f for run in runs for f in run.glob('stages/chapters/*'))]
-    left = HOME - sum(f.stat().st_size for f in files)
+    left = HOME - sum(f.stat().st_size for f in parcel)
     stages = [f.parent for run in runs for f in run.glob('stages/*/run.json') if f.parent.suffix != '.partial'
               and not f.parent.name.startswith('pretrain-')]
     size = {stage: sum(f.stat().st_size for f in stage.iterdir()) for stage in stages}
-    for stage in sorted(stages, key=lambda s: files.read_json(s/'run.json')['seconds'] / size[s], reverse=True):
-        if size[stage] <= left: left -= size[stage]; files += stage.iterdir()
+    for folder in sorted(stages, key=lambda s: files.read_json(s/'run.json')['seconds'] / size[s], reverse=True):
+        if size[folder] <= left: left -= size[folder]; parcel += folder.iterdir()
     with tempfile.TemporaryFile() as whole:
         with tarfile.open(fileobj=whole, mode='w:gz', compresslevel=1) as tar:
-            for f in files: tar.add(f, f.relative_to(OUT))
+            for f in parcel: tar.add(f, f.relative_to(OUT))
         pieces = -(-whole.tell() // PIECE)
         whole.seek(0)
         for old in out.glob('home-*.tgz'): old.unlink()

@@ -272,7 +272,8 @@ def started_from(student: Student, file: str) -> Student:  # the field `pretrain
     "Load a file's backbone, and the rest as far as it is in there. Raise `UserError` if the backbone is another."
     if not file: return student
     state, own = fetch.read_weights(Path(file).expanduser()), student.state_dict()
-    fit_weights(student.backbone, {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')} or state, file)
+    fit_weights(student.backbone, {k.removeprefix('backbone.'): v for k, v in state.items()
+                                   if k.startswith('backbone.')} or state, file)
     rest = {k: v for k, v in state.items() if not k.startswith('backbone.') and k in own and v.shape == own[k].shape}
     student.load_state_dict(rest, strict=False)
     return student

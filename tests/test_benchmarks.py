@@ -1,4 +1,4 @@
-"The benchmarks, as far as seconds go: every variant trains, a flipped bit is one bit, every part for a GPU runs, others' answers are checked, and the reports tell a difference."
+"The benchmarks, as far as seconds go: variants train, parts for a GPU run, answers are checked, reports tell."
 import hashlib
 import importlib.util
 import random
@@ -14,7 +14,8 @@ from conftest import ROOT
 from dinocls.kit import files, machine
 from dinocls.kit.files import UserError
 
-CASE = {'model': 'book-digits', 'side': 32, 'batch': 4, 'lead': 1, 'steps': 1, 'rounds': 2, 'options': True, 'threads': 1}
+CASE = {'model': 'book-digits', 'side': 32, 'batch': 4, 'lead': 1, 'steps': 1, 'rounds': 2, 'options': True,
+        'threads': 1}
 
 
 def script(name):
@@ -30,7 +31,9 @@ train, faults, gpu = (script(name) for name in ('train', 'faults', 'gpu'))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the loops of others would go to the GPU')
-@pytest.mark.parametrize('variant, phase', [*((v, p) for v in ('dinocls', 'tutorial', 'timm') for p in (1, 2)), ('stored', 1), ('half a batch at once', 2)])
+@pytest.mark.parametrize('variant, phase',
+                         [*((v, p) for v in ('dinocls', 'tutorial', 'timm') for p in (1, 2)), ('stored', 1),
+                          ('half a batch at once', 2)])
 def test_every_variant_trains_the_phase_and_nothing_else(monkeypatch, variant, phase):
     models, original = [], train.classifier
     monkeypatch.setattr(train, 'classifier', lambda *args: models.append(original(*args)) or models[-1])
@@ -45,8 +48,11 @@ def test_every_variant_trains_the_phase_and_nothing_else(monkeypatch, variant, p
 
 def test_ratios_are_taken_within_a_round_and_a_failure_is_told():
     v = lambda *rates: {'rates': list(rates), 'seconds': [10.], 'peak': 100., 'precision': 'fp32', 'before': 50.}
-    text = '\n'.join(train.tables([(CASE, 2, {'dinocls': v(20., 60., 30.), 'tutorial': v(10., 20., 30.), 'gradient checkpointing': v(10., 30., 15.)})]))
-    assert '| tutorial | 20 | 2.00× (1.00 – 3.00) | 100 | 1.00× |' in text and '| timm | fails here |' in text and '| gradient checkpointing | 15 | 0.50× (0.50 – 0.50) |' in text
+    text = '\n'.join(train.tables([(CASE, 2,
+                                    {'dinocls': v(20., 60., 30.), 'tutorial': v(10., 20., 30.),
+                                     'gradient checkpointing': v(10., 30., 15.)})]))
+    assert ('| tutorial | 20 | 2.00× (1.00 – 3.00) | 100 | 1.00× |' in text and '| timm | fails here |' in text
+            and '| gradient checkpointing | 15 | 0.50× (0.50 – 0.50) |' in text)
 
 
 def test_one_bit_is_flipped(tmp_path):
@@ -68,10 +74,14 @@ def test_only_sound_checkpoints_count_and_their_names_tell_the_place(tmp_path):
 
 def test_a_difference_is_told():
     result = lambda weights: {'phase1': ('a' * 64, [{'loss': 1.}]), 'phase2': (weights * 64, [{'loss': 2.}])}
-    event = {'seed': 1, 'seconds': 1.0, 'stage': 'phase2', 'done': 3, 'newest': ('phase2', 3, 1), 'flipped': True, 'intact': ('phase2', 2, 3)}
-    told = lambda weights: '\n'.join(faults.report([{'seed': 1, 'kills': 1, 'flips': 1, 'noted': 1, 'seconds': 9.0, 'whole': result('b'), 'killed': result(weights)}], [event], {}, 5, 60.0))
+    event = {'seed': 1, 'seconds': 1.0, 'stage': 'phase2', 'done': 3, 'newest': ('phase2', 3, 1), 'flipped': True,
+             'intact': ('phase2', 2, 3)}
+    told = lambda weights: '\n'.join(faults.report([{'seed': 1, 'kills': 1, 'flips': 1, 'noted': 1, 'seconds': 9.0,
+                                                     'whole': result('b'), 'killed': result(weights)}], [event], {}, 5,
+                                                     60.0))
     assert 'different' not in told('b') and told('c').count('**different**') == 1
-    assert '| phase2, epoch 4 | phase2, epoch 4, after step 1 | yes | phase2, epoch 3, after step 3 | 1 to 4 |' in told('b')
+    row = '| phase2, epoch 4 | phase2, epoch 4, after step 1 | yes | phase2, epoch 3, after step 3 | 1 to 4 |'
+    assert row in told('b')
 
 
 @pytest.fixture
@@ -85,7 +95,8 @@ def home(tmp_path, monkeypatch):
 def by_turns(case, phase):
     "Stand in for `compare`, in this process; in phase 1 the others fail."
     others = {'tutorial': train.tutorial, 'timm': train.timms} if phase == 2 else {}
-    return {name: {'rates': [train.turn(epoch(c := case | {'variant': name, 'phase': phase}), c)['rate']]} for name, epoch in ({'dinocls': train.ours} | others).items()}
+    return {name: {'rates': [train.turn(epoch(c := case | {'variant': name, 'phase': phase}), c)['rate']]}
+            for name, epoch in ({'dinocls': train.ours} | others).items()}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the tiny sizes are for a CPU')
@@ -97,7 +108,8 @@ def test_every_speed_is_measured_and_told(home, monkeypatch):
     gpu.measure(SimpleNamespace(parts=[*gpu.PARTS], tiny=True))
     text = '\n'.join(gpu.report())
     assert '- check failed: not this time' in text and text.count(' failed: ') == 1
-    assert '| `best`, phase 2, bf16 (aim: 50 %) | 4 |' in text and text.count('| inference, ') == 2 and text.count('would take') == text.count('% of a step') == 2
+    assert ('| `best`, phase 2, bf16 (aim: 50 %) | 4 |' in text and text.count('| inference, ') == 2
+            and text.count('would take') == text.count('% of a step') == 2)
     assert 'Phase 2, batch 4: ' in text and 'Phase 1, batch 4: tutorial fails here; timm fails here.' in text
 
 
@@ -112,7 +124,8 @@ def test_what_fails_or_takes_too_long_costs_itself(home, monkeypatch):
     files.write_json(home/'speed'/'training.json', {'fails': 'on another day'})
     monkeypatch.setattr(gpu, 'PARTS', dict.fromkeys(('check', 'peak', 'training')))
     gpu.speed(SimpleNamespace(tiny=False), time.monotonic() + 5)
-    assert asked[:2] == [['check', 'peak', 'training'], ['training']] and 'status -11' in files.read_json(home/'speed'/'peak.json')['fails']
+    assert (asked[:2] == [['check', 'peak', 'training'], ['training']]
+            and 'status -11' in files.read_json(home/'speed'/'peak.json')['fails'])
 
 
 @pytest.mark.parametrize('tree, files', [(10, [6] + [3] * 30), (30, [6] + [3] * 30), (1, [6])])
@@ -121,10 +134,13 @@ def test_each_command_travels_within_its_limit_and_all_take_a_quarter_of_an_hour
         with open(tmp_path/f'{i:02d}', 'wb') as f: f.truncate(size * gpu.MIB)
     room = gpu.CARRIED - gpu.MIB - tree * gpu.MIB
     folders = gpu.share_out(sorted(tmp_path.iterdir()), room)
-    assert [f for folder in folders for f in folder] == sorted(tmp_path.iterdir()) and all(sum(f.stat().st_size for f in folder) <= room for folder in folders)
+    assert ([f for folder in folders for f in folder] == sorted(tmp_path.iterdir())
+            and all(sum(f.stat().st_size for f in folder) <= room for folder in folders))
     given = gpu.commands(len(folders))
-    assert [c for c, *_ in given][-2:] == ['pretrain', 'book'] and {n for _, n, _ in given} - {0} == {*range(1, len(folders) + 1)} and given[-1][1] == 0
-    assert sum(m for *_, m in given) + (gpu.START + len(given) * gpu.TRANSFER) / 60 == pytest.approx(15) and all(m > 0.4 for *_, m in given)
+    assert ([c for c, *_ in given][-2:] == ['pretrain', 'book']
+            and {n for _, n, _ in given} - {0} == {*range(1, len(folders) + 1)} and given[-1][1] == 0)
+    assert (sum(m for *_, m in given) + (gpu.START + len(given) * gpu.TRANSFER) / 60 == pytest.approx(15)
+            and all(m > 0.4 for *_, m in given))
     with pytest.raises(UserError, match='does not fit'): gpu.share_out(sorted(tmp_path.iterdir()), gpu.MIB)
 
 
@@ -137,7 +153,8 @@ def test_parts_become_the_binary_version_again(tmp_path, monkeypatch):
     rows = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(300, -1)], 1)
     batches = {f'batch{i}': part.tobytes() for i, part in enumerate(np.split(rows, 3))}
     monkeypatch.setattr('dinocls.data.BATCHES', {name: hashlib.md5(b).hexdigest() for name, b in batches.items()})
-    for i in range(3): Image.fromarray(gpu.to_mosaic(images[100 * i:][:100])).save(parts/f'images-{i:02d}.webp', lossless=True)
+    for i in range(3):
+        Image.fromarray(gpu.to_mosaic(images[100 * i:][:100])).save(parts/f'images-{i:02d}.webp', lossless=True)
     np.save(parts/'labels.npy', labels[::-1])
     (parts/'cifar10h-counts.npy').write_text('votes')
     args, target = SimpleNamespace(work=tmp_path), tmp_path/'data'/'cifar-10-batches-bin'
@@ -148,14 +165,16 @@ def test_parts_become_the_binary_version_again(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='2 of 3 parts'): gpu.restore(args)
     (tmp_path/'late').rename(late)
     gpu.restore(args)
-    assert {f.stem: f.read_bytes() for f in target.iterdir()} == batches and (tmp_path/'data'/'cifar10h-counts.npy').read_text() == 'votes'
+    assert ({f.stem: f.read_bytes() for f in target.iterdir()} == batches
+            and (tmp_path/'data'/'cifar10h-counts.npy').read_text() == 'votes')
 
 
 def test_as_many_epochs_as_fit_by_what_this_machine_was_measured_at(home, monkeypatch):
     args, plan = SimpleNamespace(tiny=False), {'pretrain_epochs': {'epoch': 2.0, 'first': 20.0}}
     files.write_json(home/'speed'/'check.json', plan | {'hardware': machine.hardware()})
     monkeypatch.setattr(gpu, 'epochs', lambda size: {'pretrain_epochs': {'epoch': 4.0, 'first': 20.0}})
-    assert gpu.fitting(args, 'pretrain_epochs', 110) == 50 and gpu.fitting(args, 'pretrain_epochs', 110, trainings=5) == 10
+    assert (gpu.fitting(args, 'pretrain_epochs', 110) == 50
+            and gpu.fitting(args, 'pretrain_epochs', 110, trainings=5) == 10)
     assert gpu.fitting(args, 'pretrain_epochs', 3) == 1 and gpu.fitting(args, 'pretrain_epochs', 1e9) == 1000
     files.write_json(home/'speed'/'check.json', plan | {'hardware': {'gpu': 'another'}})
     assert gpu.fitting(args, 'pretrain_epochs', 110) == 25
@@ -167,7 +186,9 @@ def test_what_comes_home_goes_on(tmp_path, home, monkeypatch):
         (stage := home/'cifar-x'/'stages'/name).mkdir(parents=True)
         (stage/'weights').write_bytes(random.Random(name).randbytes(size))
         files.write_json(stage/'run.json', {'seconds': seconds})
-    for name, size in (('cifar-x/run.json', 2), ('cifar-x/05_phase1.ipynb', 10), ('cifar-x/05_phase1/huge.png', 600_000), ('cifar-x/html/page.html', 5), ('weights/w.safetensors', 7),
+    for name, size in (('cifar-x/run.json', 2), ('cifar-x/05_phase1.ipynb', 10),
+                       ('cifar-x/05_phase1/huge.png', 600_000), ('cifar-x/html/page.html', 5),
+                       ('weights/w.safetensors', 7),
                        ('cifar-x/stages/chapters/05.json', 3), ('check/run.json', 4)):
         (home/name).parent.mkdir(parents=True, exist_ok=True)
         (home/name).write_bytes(bytes(size))
@@ -175,15 +196,18 @@ def test_what_comes_home_goes_on(tmp_path, home, monkeypatch):
     assert 'huge.png is left out: 0.6 MB' in (home/'log.txt').read_text()
     pieces = sorted((tmp_path/'home').iterdir())
     assert len(pieces) == 5 and pieces[0].name == 'home-1-of-5.tgz' and all(f.stat().st_size <= 200_000 for f in pieces)
-    monkeypatch.setattr(gpu.os, 'execve', lambda *_: None), monkeypatch.setattr(gpu.os, 'chdir', lambda _: None), monkeypatch.setattr(gpu, 'ROOT', tmp_path/'checkout')
+    monkeypatch.setattr(gpu.os, 'execve', lambda *_: None), monkeypatch.setattr(gpu.os, 'chdir',
+        lambda _: None), monkeypatch.setattr(gpu, 'ROOT', tmp_path/'checkout')
     (carried := tmp_path/'checkout'/gpu.STOCK/'1').mkdir(parents=True)
     pieces[4].rename(carried/pieces[4].name)
     gpu.settle(args := SimpleNamespace(work=tmp_path/'work', out=tmp_path/'out', resume=None), 0)
-    there = lambda: {f.relative_to(tmp_path/'work'/'book'/'outputs').as_posix() for f in (tmp_path/'work'/'book'/'outputs').rglob('*') if f.is_file()}
+    there = lambda: {f.relative_to(tmp_path/'work'/'book'/'outputs').as_posix()
+                     for f in (tmp_path/'work'/'book'/'outputs').rglob('*') if f.is_file()}
     assert there() == set()  # four pieces are missing
     args.resume = tmp_path/'home'
     gpu.settle(args, 0)
-    kept = {'cifar-x/run.json', 'cifar-x/05_phase1.ipynb', 'weights/w.safetensors', 'cifar-x/stages/chapters/05.json', 'cifar-x/stages/dear/weights', 'cifar-x/stages/dear/run.json'}
+    kept = {'cifar-x/run.json', 'cifar-x/05_phase1.ipynb', 'weights/w.safetensors', 'cifar-x/stages/chapters/05.json',
+            'cifar-x/stages/dear/weights', 'cifar-x/stages/dear/run.json'}
     assert there() == kept
     (newer := tmp_path/'work'/'book'/'outputs'/'weights'/'w.safetensors').write_text('newer')
     gpu.settle(args, 0)
@@ -196,7 +220,9 @@ def test_neighbours_are_compared_with_those_of_others(capsys):
     text = capsys.readouterr().out
     assert '100 queries, 500 × 768 vectors' in text and 'scikit-learn, NearestNeighbors' in text and '| 30 |' in text
     bank = torch.randn(50, 8).numpy()
-    with pytest.raises(AssertionError): knn.same(bank, bank[:5], torch.arange(5)[:, None].numpy(), torch.arange(5)[:, None].numpy() + 1)  # neighbours that are further off
+    with pytest.raises(AssertionError):
+        # neighbours that are further off
+        knn.same(bank, bank[:5], torch.arange(5)[:, None].numpy(), torch.arange(5)[:, None].numpy() + 1)
 
 
 def test_photographs_are_jpegs_of_many_sizes():

@@ -29,7 +29,8 @@ def wait_for(what, seconds=30):
 def toy(cfg, folder):
     "Seeds 1 and 2 wait for each other, 3 fails, 4 is killed, 5 sleeps."
     (cfg.folder/f'{cfg.seed}.pid').write_text(str(os.getpid()))
-    if cfg.seed in (1, 2) and not wait_for((cfg.folder/f'{3 - cfg.seed}.pid').exists): raise UserError('The other one did not come.')
+    if cfg.seed in (1, 2) and not wait_for((cfg.folder/f'{3 - cfg.seed}.pid').exists):
+        raise UserError('The other one did not come.')
     if cfg.seed == 3: raise UserError('Three is not wanted.')
     if cfg.seed == 4: os._exit(9)
     if cfg.seed >= 5: time.sleep(60)

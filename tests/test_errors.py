@@ -106,7 +106,8 @@ def test_offline_it_says_what_to_do(judges, monkeypatch):
     (judges/'cifar10h-counts.npy').unlink()
     monkeypatch.setattr(errors, 'JUDGES',
                         errors.JUDGES | {'votes': ('cifar10h-counts.npy', 'http://127.0.0.1:9/cifar10h-counts.npy')})
-    with pytest.raises(files.UserError, match='cifar10h-counts.npy is not in .* could not be downloaded .*put the file') as told:
+    sentence = 'cifar10h-counts.npy is not in .* could not be downloaded .*put the file'
+    with pytest.raises(files.UserError, match=sentence) as told:
         errors.read_judges(str(judges))
     assert 'Connection refused' in str(told.value) and 'Cannot write' not in str(told.value)
 

@@ -12,7 +12,8 @@ import sys
 class Block:
     "Make the book's development tools look as if they were not installed."
     def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in {'nbdev', 'fastcore', 'execnb', 'ghapi', 'papermill', 'IPython', 'ipykernel', 'jupyterlab', 'nbconvert', 'nbclient', 'nbformat'}:
+        if name.partition('.')[0] in {'nbdev', 'fastcore', 'execnb', 'ghapi', 'papermill', 'IPython', 'ipykernel',
+                                      'jupyterlab', 'nbconvert', 'nbclient', 'nbformat'}:
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 
 sys.meta_path.insert(0, Block())
@@ -51,7 +52,8 @@ def test_wheel_works_without_nbdev_and_jupyter(tmp_path):
 
 
 def test_executing_without_papermill_says_what_to_install(tmp_path):
-    code = (BLOCKED + "sys.argv = ['dinocls', 'run', '-p', 'smoke', '--out', sys.argv[1]]\nfrom dinocls.app.cli import main\nmain()")
+    code = (BLOCKED + "sys.argv = ['dinocls', 'run', '-p', 'smoke', '--out', sys.argv[1]]\n"
+            'from dinocls.app.cli import main\nmain()')
     result = subprocess.run([sys.executable, '-c', code, str(tmp_path/'run')], cwd=ROOT, capture_output=True,
                             text=True, env=environment())
     assert (result.returncode == 2 and "pip install 'dinocls[book]'" in result.stderr
