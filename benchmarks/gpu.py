@@ -261,8 +261,8 @@ def inference(size, batches=None, wrap=lambda model: model, how: str = '') -> di
     "Measure `infer`, from uint8 images of 32×32 to logits, by batch size."
     import torch
     from dinocls.model import classifier, infer, precision
-    from train import CLASSES, DEVICE, config
-    cfg, rows = config(case(size, 1)), []
+    from train import CLASSES, DEVICE, configuration
+    cfg, rows = configuration(case(size, 1)), []
     model = wrap(classifier(cfg, CLASSES).to(DEVICE).eval())
     for batch in batches or size['sizes']:
         images = torch.randint(0, 256, (4 * batch, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
@@ -293,7 +293,7 @@ def training(size) -> dict:
     "Measure the recipes' steps, what augmentation takes of them, and say how long the recipes would take."
     import torch
     from dinocls.augment import augment, mix, preprocess
-    from train import DEVICE, config
+    from train import DEVICE, configuration
     rows, text = [step(size, name, phase) for name in size['presets'] for phase in (2, 1)], []
     rate, scoring = {r['of']: r['rate'] for r in rows}, max((r['rate'] for r in result('inference').get('rows', ())),
                                                             default=np.inf)
@@ -303,7 +303,7 @@ def training(size) -> dict:
         scored = cfg.phase2_epochs * 2 * cfg.val_size + 3 * (cfg.val_size + 10_000)
         trained = TRAINED * (cfg.phase1_epochs / rate[f'{name} 1'] + cfg.phase2_epochs / rate[f'{name} 2'])
         text.append(f'Both phases of `{name}` would take {(trained + scored / scoring) / 60:.0f} minutes at these rates.')
-        cfg, x, y = config(case(size, batch)), torch.rand(batch, 3, 32, 32, device=DEVICE), torch.zeros(batch,
+        cfg, x, y = configuration(case(size, batch)), torch.rand(batch, 3, 32, 32, device=DEVICE), torch.zeros(batch,
             dtype=torch.int64, device=DEVICE)
         images, last = (255 * x).byte(), preprocess(x, cfg)
         s = seconds(lambda: preprocess(mix(augment(images, cfg, generator), y, cfg, generator)[0], cfg, out=last),

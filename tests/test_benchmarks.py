@@ -152,7 +152,8 @@ def test_parts_become_the_binary_version_again(tmp_path, monkeypatch):
     images, labels = rng.integers(0, 256, (300, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 300, dtype=np.uint8)
     rows = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(300, -1)], 1)
     batches = {f'batch{i}': part.tobytes() for i, part in enumerate(np.split(rows, 3))}
-    monkeypatch.setattr('dinocls.data.BATCHES', {name: hashlib.md5(b).hexdigest() for name, b in batches.items()})
+    proofs = {name: hashlib.md5(b).hexdigest() for name, b in batches.items()}
+    monkeypatch.setattr('dinocls.kit.datasets.BATCHES', proofs)
     for i in range(3):
         Image.fromarray(gpu.to_mosaic(images[100 * i:][:100])).save(parts/f'images-{i:02d}.webp', lossless=True)
     np.save(parts/'labels.npy', labels[::-1])

@@ -26,6 +26,7 @@ def _frozen(value):
     except (SyntaxError, TypeError): raise ValueError('it is not a list of numbers') from None
 
 
+Text = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 Whole = Annotated[int, BeforeValidator(_whole_number)]
 Size = Annotated[Whole, Field(ge=0)]
 Count = Annotated[Whole, Field(ge=1)]
@@ -46,7 +47,7 @@ RateGrid = Annotated[tuple[Rates, Rates], BeforeValidator(_frozen)]
 class DataConfig:
     "What is learned from."
     dataset: Literal['digits', 'cifar10', 'cifar100', 'stl10', 'tiny-imagenet', 'imagefolder'] = 'digits'
-    data_root: str = ''  # folder of the data; empty: $DINOCLS_DATA, else the user's cache
+    data_root: Text = ''  # folder of the data; empty: $DINOCLS_DATA, else the user's cache
     train_size: Size = 0  # training images; 0: all that are left
     val_size: Count = 360  # validation images, taken out of the training set: every choice is made on them
     test_size: Size = 360  # test images; 0: the whole test set
@@ -62,7 +63,7 @@ class ModelConfig:
                       'dinov2_vits14', 'dinov2_vitb14', 'dinov2_vitl14', 'dinov2_vitg14',
                       'dinov2_vits14_reg', 'dinov2_vitb14_reg', 'dinov2_vitl14_reg', 'dinov2_vitg14_reg',
                       'dinov3_vits16', 'dinov3_vitb16'] = 'book-digits'
-    weights: str = ''  # empty: the published ones; 'official': the authors' file; 'random'; a URL, or a path
+    weights: Text = ''  # empty: the published ones; 'official': the authors' file; 'random'; a URL, or a path
     image_size: Count = 32  # side of the image that the backbone sees, in pixels
     pooling: Literal['cls', 'mean', 'cls+mean', 'attention'] = 'cls'  # what the head reads of the backbone's tokens
     head_widths: Numbers = (1024, 512, 256)  # hidden layers of the head
@@ -177,7 +178,7 @@ class PretrainConfig:
     pretrain_method: Literal['dino', 'simclr'] = 'dino'  # a student learns from its own average, or contrast
     pretrain_epochs: Count = 100  # passes over these images
     pretrain_size: Size = 0  # images seen: the training split first, then such as are in no split; 0: that split
-    pretrain_from: str = ''  # weights to go on from, of a backbone or of a whole teacher; empty: a fresh start
+    pretrain_from: Text = ''  # weights to go on from, of a backbone or of a whole teacher; empty: a fresh start
     pretrain_batch: Annotated[Whole, Field(ge=2)] = 256  # images per step, two views each, compared with each other
     pretrain_lr: Amount = 1e-3  # peak rate
     projection: Widths = (512, 64)  # widths of the projection head: hidden, bottleneck
@@ -197,7 +198,7 @@ class Config(RunConfig, PretrainConfig, ViewConfig, StudyConfig, Phase2Config, P
              ModelConfig, DataConfig):
     "Every choice there is, in one place."
     preset: str = 'quick'  # the preset that it started from
-    out: str = ''  # run folder; empty: outputs/<preset and overrides>
+    out: Text = ''  # run folder; empty: outputs/<preset and overrides>
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
 
     def __post_init__(self):

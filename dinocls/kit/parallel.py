@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import itertools
 import os
+import threading
 import time
 
 from .config import FIELDS
@@ -54,16 +55,30 @@ def _apart(cfg, cfgs: list) -> str:
 def _in_workers(stage, cfgs: list, devices: list) -> list[tuple]:  # configuration, what went wrong
     "Compute a stage for each configuration in processes, as many as there are devices."
     from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    def work(cfgs, at_once):
+        jobs = (delayed(_work)(stage.fn.__module__, stage.name, c, devices, os.getpid()) for c in cfgs)
+        return Parallel(n_jobs=at_once, batch_size=1)(jobs)
+    def alone(cfg):
+        try: return '' if stage.is_done(cfg) else work([cfg], 2)[0]  # 2: in a process of its own
+        except TerminatedWorkerError: return 'its process ended, perhaps for lack of memory'
     if not (cfgs[0].folder/'run.json').exists(): open_run(cfgs[0])
-    jobs = (delayed(_work)(stage.fn.__module__, stage.name, c, devices) for c in cfgs)
-    found = Parallel(n_jobs=min(len(devices), len(cfgs)), batch_size=1)(jobs)
+    try: found = work(cfgs, min(len(devices), len(cfgs)))
+    except TerminatedWorkerError: found = [alone(c) for c in cfgs]  # one that dies takes the others along
     return [(c, why) for c, why in zip(cfgs, found) if why]
 
 
-def _work(module: str, name: str, cfg, devices: list) -> str:
+def _work(module: str, name: str, cfg, devices: list, first: int) -> str:
     "Compute a stage on a device that no other worker uses; return what went wrong, or nothing."
+    if os.getppid() == first: threading.Thread(target=_follow, args=(first,), daemon=True).start()
     importlib.import_module(module)
     with _free(devices, cfg.folder) as device: return _attempt(STAGES[name], dataclasses.replace(cfg, device=device))
+
+
+def _follow(first: int):
+    "End this process when the one that started it is gone, in the middle of a training if need be."
+    while os.getppid() == first: time.sleep(0.5)
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -176,7 +176,8 @@ def test_what_draws_gives_no_result():
             if getattr(node, 'name', '').lstrip('_').startswith('draw') or not hasattr(node, 'name'): continue
             used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
             stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            given = {a.arg for n in ast.walk(node) if isinstance(n, ast.arguments) for a in n.args + n.kwonlyargs}
+            given = {n.name for n in ast.walk(node) if isinstance(n, ast.FunctionDef)}
+            given |= {a.arg for n in ast.walk(node) if isinstance(n, ast.arguments) for a in n.args + n.kwonlyargs}
             calls = {n for n in used - stored - given if n.lstrip('_').startswith('draw')}
             assert not calls, f'{file.name}: {node.name} uses {calls}'
 

@@ -68,7 +68,7 @@ def test_workers_compute_at_the_same_time_and_results_keep_their_order(toy, cfgs
     # 1 and 2 end only if both are running
     two, zero, one, again = run_stages(toy, [cfgs[s] for s in (2, 0, 1, 2)], devices=['cpu', 'cpu:0'])
     assert [r['seed'] for r in (two, zero, one, again)] == [2, 0, 1, 2]
-    assert (len({r['process'] for r in (two, zero, one)} | {os.getpid()}) == 4
+    assert (len({two['process'], one['process'], os.getpid()}) == 3
             and {two['device'], one['device']} <= {'cpu', 'cpu:0'})
     assert again.record == two.record
 
@@ -90,7 +90,7 @@ def test_a_failure_leaves_the_others_stored(toy, cfgs, devices, bad):
     with pytest.raises(UserError) as e: run_stages(toy, chosen, devices)
     assert (f'toy failed for {len(bad)} of {len(chosen)}' in str(e.value)
             and 'seed=3: Three is not wanted' in str(e.value))
-    if 4 in bad: assert 'seed=4: its process ended with status 9' in str(e.value)
+    if 4 in bad: assert 'seed=4: its process ended' in str(e.value)
     assert toy.is_done(cfgs[0]) and not any(toy.is_done(cfgs[s]) for s in bad)
 
 
