@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROW_NAMES', 'DECAYS', 'turned_off', 'add_rows', 'leave_rows', 'studied', 'seeds', 'grid', 'ablation', 'summarise',
-           'ema_study', 'cka', 'drift', 'phase2_drift', 'direct_drift', 'lr_study']
+           'ema_study', 'cka', 'drift', 'phase2_drift', 'direct_drift']
 
 # %% ../nbs/09_ablation.ipynb #a2f74def
-import itertools
-
 import numpy as np
 import torch
 
@@ -163,12 +161,3 @@ def phase2_drift(cfg, folder):
 def direct_drift(cfg, folder):
     "Measure how far direct fine-tuning moves the backbone."
     return _drifted(cfg, direct(cfg))
-
-# %% ../nbs/09_ablation.ipynb #93a23cee
-def lr_study(cfg) -> tuple:  # runs of the pairs, of the map, direct ones, and what went wrong
-    "Train phase 2 with the configured rates and each pair, over the seeds; with the map's pairs, once; and directly."
-    def rows(pairs): return {(b, h): dict(lr_backbone=b, lr_head=h) for b, h in pairs}
-    pairs, failed = grid(phase2_drift, cfg, rows([*cfg.lr_pairs, (cfg.lr_backbone, cfg.lr_head)]), seeds(cfg))
-    at_once, failed_too = grid(direct_drift, cfg, {'direct': {}}, seeds(cfg))
-    once, failed_last = grid(phase2_drift, cfg, rows(itertools.product(*cfg.lr_grid)), [cfg.seed])
-    return pairs, once, at_once, failed + failed_too + failed_last

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'RATES', 'REPRESENTATIONS', 'KS', 'SHOTS', 'DRAWS', 'neighbours', 'vote', 'knn', 'logistic',
            'linear_probe', 'sgd_probe', 'finetuned_features', 'pixels', 'probe_one', 'knn_curve', 'curves', 'few_shot',
-           'between_share', 'layouts', 'probe', 'correct_by_probe', 'few_shot_means', 'spaced']
+           'between_share', 'layouts', 'probe', 'spaced']
 
 # %% ../nbs/08_probe.ipynb #67554307
 import contextlib
@@ -310,19 +310,6 @@ def probe(cfg, folder):
     right['finetuned'] = {s: logits[f'{s}_logits'].argmax(1) == labels[s] for s in ('val', 'test')}
     return parts | {'names': list(right)} | {f'{s}_right': np.stack([r[s] for r in right.values()])
                                              for s in ('val', 'test')}
-
-# %% ../nbs/08_probe.ipynb #0c1541b3
-def correct_by_probe(result, split: str = 'test') -> dict:  # name → bool (n,)
-    "Return which images were answered right by each probe (as in `knn:frozen`) and the fine-tuned model (`finetuned`)."
-    return dict(zip(result['names'], result[f'{split}_right']))
-
-# %% ../nbs/08_probe.ipynb #f067a609
-def few_shot_means(rows: list[dict]) -> list[dict]:
-    "Return mean and standard deviation over the draws of each method and number of images a class."
-    draws = {}
-    for r in rows: draws.setdefault((r['method'], r['shots']), []).append(r['accuracy'])
-    return [{'method': m, 'shots': s, 'mean': float(np.mean(a)), 'std': float(np.std(a, ddof=1)) if len(a) > 1 else 0.,
-             'draws': len(a)} for (m, s), a in draws.items()]
 
 # %% ../nbs/08_probe.ipynb #fb43fb2a
 def spaced(xy: np.ndarray, first: np.ndarray, apart: float = 0.036) -> list[int]:  # apart: share of the picture's width
