@@ -38,7 +38,8 @@ export: $(READY)
 	$(BIN)/dinocls sync
 
 record: $(READY)
-	$(BIN)/dinocls run --preset quick --out outputs/record-quick --force
+	rm -rf outputs/record-quick
+	$(BIN)/dinocls run --preset quick --out outputs/record-quick
 	$(BIN)/dinocls sync
 
 constraints: $(READY)

@@ -17,6 +17,8 @@ from dinocls.data import load_split
 from dinocls.model import classifier
 from dinocls.phase1 import phase1
 
+pytestmark = pytest.mark.slow  # it trains
+
 
 def batch(n=12, classes=10):
     g = torch.Generator().manual_seed(0)

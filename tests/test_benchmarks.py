@@ -100,6 +100,7 @@ def by_turns(case, phase):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the tiny sizes are for a CPU')
+@pytest.mark.slow
 def test_every_speed_is_measured_and_told(home, monkeypatch):
     monkeypatch.setitem(sys.modules, 'train', train)
     monkeypatch.setattr(train, 'WORKERS', 0)
@@ -113,6 +114,7 @@ def test_every_speed_is_measured_and_told(home, monkeypatch):
     assert 'Phase 2, batch 4: ' in text and 'Phase 1, batch 4: tutorial fails here; timm fails here.' in text
 
 
+@pytest.mark.slow
 def test_what_fails_or_takes_too_long_costs_itself(home, monkeypatch):
     asked = []
     def child(words, until):

@@ -384,6 +384,7 @@ def test_what_a_run_keeps_is_served(tmp_path, model):
 # --- benchmark
 
 
+@pytest.mark.slow
 def test_benchmark(model):
     speed = benchmark(model, batch_sizes=(4, 1), seconds=2)
     assert (speed['fps'] > 0 and list(speed['latency_ms']) == [1, 4] and speed['hardware'] and speed['device'] == 'cpu'

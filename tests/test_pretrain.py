@@ -19,6 +19,8 @@ from dinocls.kit.files import UserError
 from dinocls.kit.datasets import loaded, load_dataset
 from dinocls.data import load_split, splits
 
+pytestmark = pytest.mark.slow  # it trains
+
 SMALL = dict(train_size=60, pretrain_epochs=1, pretrain_batch=20)
 NOISE = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

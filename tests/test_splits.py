@@ -216,6 +216,7 @@ def test_cifar10_has_the_look_alikes_that_others_found(real):
     assert same_label[~found['flagged']].mean() < 0.5
 
 
+@pytest.mark.slow
 def test_the_splits_of_the_preset_are_stratified_and_disjoint(cifar10, real, tmp_path):
     cfg = config.preset('cifar', data_root=str(cifar10), out=str(tmp_path/'run'))
     parts = splits(cfg)

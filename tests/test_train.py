@@ -22,6 +22,8 @@ from dinocls.data import load_split
 from dinocls.model import classifier
 from dinocls.train import checkpoints, fit
 
+pytestmark = pytest.mark.slow  # it trains
+
 SMALL = config.preset('smoke', device='cpu', out='/nonexistent')
 
 

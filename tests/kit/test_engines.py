@@ -13,6 +13,8 @@ from dinocls.kit.engines import (
     scaled, start_backend)
 from dinocls.kit.files import UserError
 
+pytestmark = pytest.mark.slow  # it makes and starts graphs
+
 SIDE = 32
 EXPORTING = ('onnx', 'onnx-int8', 'openvino', 'openvino-bf16')
 

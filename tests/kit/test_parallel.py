@@ -15,6 +15,8 @@ from dinocls.kit.files import UserError
 from dinocls.kit.parallel import run_stages
 from dinocls.kit.stage import variant
 
+pytestmark = pytest.mark.slow  # it starts processes
+
 TOY = '''
 import os, time
 from dinocls.kit.files import UserError

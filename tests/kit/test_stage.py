@@ -142,6 +142,7 @@ def test_changed_pictures_under_one_name_are_noticed(tmp_path, capsys):
     assert 'computed anew: the content of dataset has changed' in second and second.splitlines()[-1] != first.strip()
 
 
+@pytest.mark.slow
 def test_changed_code_is_noticed_and_kept_only_if_asked(tmp_path):
     "A copy of the package, in which a lower chapter's function changes."
     shutil.copytree(ROOT/'dinocls', tmp_path/'dinocls', ignore=shutil.ignore_patterns('__pycache__', 'weights'))
