@@ -42,7 +42,7 @@ def main(preset: str):
              '| | time | relative |', '|---|---|---|', f'| the book, from nothing | {duration(first)} | 1 |',
              f'| the book, once more | {duration(second)} | {second / first:.2f} |',
              f'| papermill on one notebook after the other, from nothing | {duration(loop)} | {loop / first:.2f} |', '',
-             'Wall time of a chapter beside its neighbour; memory is the resident peak of its worker and kernel, sampled five times a second.', '',
+             'Wall time of a chapter beside its neighbour; memory is the resident peak of its kernel and what that started, sampled five times a second.', '',
              '| chapter | seconds | peak MB |', '|---|---|---|',
              *(f'| {n} | {r["seconds"]:.0f} | {r["peak_mb"]:,} |' for n, r in record['chapters'].items())]
     with files.replacing(Path(__file__).with_suffix('.md')) as out:
