@@ -323,8 +323,9 @@ def is_whole(folder: Path) -> bool:
     "Tell whether a stage's folder holds a complete result."
     if folder.suffix: return False  # in the making, or a lock
     try:
-        files = json.loads((folder/'run.json').read_text(encoding='utf-8'))['files']
-        return all((folder/name).stat().st_size == known['bytes'] for name, known in files.items())
+        record = json.loads((folder/'run.json').read_text(encoding='utf-8'))
+        return {'fields', 'content', 'code', 'after'} <= record.keys() and all(
+            (folder/name).stat().st_size == known['bytes'] for name, known in record['files'].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return False  # missing, damaged, or older
 
 

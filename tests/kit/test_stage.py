@@ -83,6 +83,11 @@ def test_a_file_that_is_missing_or_cut_short_makes_a_result_incomplete(cfg):
     assert squares(cfg)['values'].tolist() == [0, 1, 4, 9]
     write_json(squares(cfg).folder/'run.json', {'files': {'arrays.npz': 1}})
     assert squares(cfg)['seed'] == 42 and calls == [42, 42, 42]
+    record = read_json(squares(cfg).folder/'run.json')
+    del record['fields']  # as an older version wrote it
+    write_json(squares(cfg).folder/'run.json', record)
+    assert not squares.is_done(cfg) and squares(cfg)['seed'] == 42
+    calls.pop()
     with pytest.raises(UserError, match='delete that folder'): squares(cfg)['cubes']  # an older version did not make it
     assert squares(cfg).get('cubes') is None and 'cubes' not in squares(cfg)
 
