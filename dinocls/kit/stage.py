@@ -135,7 +135,7 @@ class Code:
     def __init__(self, file: Path):
         tree = ast.parse(file.read_text(encoding='utf-8'))
         self.file, self.imports = file, _imported(tree, file)
-        self.body = [_bare(n) for n in tree.body if not getattr(n, 'name', '').lstrip('_').startswith('draw')]
+        self.body = [_bare(node) for node in tree.body if not _is_idle(node)]
         self.digest = digest([ast.dump(node) for node in self.body])
 
     def defines(self, name: str) -> bool:
@@ -151,6 +151,13 @@ def _code(file: Path, mtime: int) -> Code: return Code(file)
 def code(file: Path) -> Code:
     "Read a module, again only if it has changed."
     return _code(file, file.stat().st_mtime_ns)
+
+
+def _is_idle(node: ast.stmt) -> bool:
+    "Tell whether a statement of a module changes no result: its docstring, the list of its names, a function that draws."
+    if isinstance(node, ast.Expr): return isinstance(node.value, ast.Constant)
+    if isinstance(node, ast.Assign): return getattr(node.targets[0], 'id', '') == '__all__'
+    return getattr(node, 'name', '').lstrip('_').startswith('draw')
 
 
 def _bare(tree: ast.AST) -> ast.AST:

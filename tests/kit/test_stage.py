@@ -162,7 +162,8 @@ def test_changed_code_is_noticed_and_kept_only_if_asked(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
     assert run() == "4 ''\n"
-    (tmp_path/'dinocls'/'lower.py').write_text('def two():\n    "Docstrings do nothing."\n    return 2  # nor this\n')
+    (tmp_path/'dinocls'/'lower.py').write_text('"Nor here."\n__all__ = ["two"]\n'
+                                               'def two():\n    "Docstrings do nothing."\n    return 2  # nor this\n')
     assert run() == "4 ''\n"
     (tmp_path/'dinocls'/'lower.py').write_text('def two(): return 3\ndef draw_two(): pass\n')
     assert "is kept, although the code of lower has changed" in run('keep')
