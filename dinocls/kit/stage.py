@@ -154,7 +154,7 @@ def code(file: Path) -> Code:
 
 
 def _is_idle(node: ast.stmt) -> bool:
-    "Tell whether a statement of a module changes no result: its docstring, the list of its names, a function that draws."
+    "Tell whether a statement of a module changes no result: docstring, list of names, a function that draws."
     if isinstance(node, ast.Expr): return isinstance(node.value, ast.Constant)
     if isinstance(node, ast.Assign): return getattr(node.targets[0], 'id', '') == '__all__'
     return getattr(node, 'name', '').lstrip('_').startswith('draw')
