@@ -6,7 +6,8 @@
 __all__ = ['MISS', 'FORMAT', 'FILES', 'EXAMPLES', 'CARD', 'PREPROCESSING', 'MODEL_CARD', 'calibrate', 'description',
            'Description', 'check_description', 'rebuild', 'model_card', 'replacing_folder', 'save_production',
            'read_object', 'read_production', 'load_production', 'load_trained', 'load_model', 'answer', 'as_batch',
-           'as_subject', 'ProductionModel', 'benchmark', 'production', 'served', 'inference_speed', 'backends']
+           'as_subject', 'read_pictures', 'ProductionModel', 'benchmark', 'production', 'served', 'inference_speed',
+           'backends']
 
 # %% ../nbs/13_inference.ipynb #e37827d9
 import contextlib
@@ -148,6 +149,7 @@ It knows these classes only, and gives one of them to any picture. It was scored
 trained on; others may be harder.
 """
 
+# %% ../nbs/13_inference.ipynb #4dc3d6e8
 def model_card(about: dict) -> str:
     "Return the README of a model: what it is, what it scored, how it is used, where it ends."
     test, scored, sure = about['metrics'].get('test'), 'It was not scored.', 'Its confidence is not calibrated.'
@@ -234,7 +236,6 @@ def read_production(folder) -> dict:
         if not right: raise UserError(f'{folder/name} is damaged: its SHA-256 is not the one in {FILES[2]}; {again}.')
     return check_description(about, str(folder/FILES[1]))
 
-# %% ../nbs/13_inference.ipynb #d923f5ab
 def load_production(folder: Path) -> tuple[dict, Classifier]:
     "Return description and model of a production folder. Raise `UserError` as `read_production` and `rebuild` do."
     folder = Path(folder).expanduser()
@@ -307,6 +308,18 @@ def as_subject(model: Classifier, cfg, native: tuple, device: torch.device, temp
                    temperature, settings, load_file(file)['images'] if file.is_file() else None,
                    functools.partial(bf16_gain, cfg.backbone, cfg.image_size))
 
+# %% ../nbs/13_inference.ipynb #8f01c392
+def read_pictures(items: list, native: tuple, on_error: str, size: int):  # as for `ProductionModel.predict_batch`
+    "Yield lists of `size` pictures of the native size, one list ahead; one that can't be used raises, or is its error."
+    def read(i):
+        try: return to_pixels(items[i], native, f'images[{i}]')
+        except UserError as e:
+            if on_error == 'raise': raise
+            return {'error': str(e)}
+    with ThreadPoolExecutor(min(8, cores())) as pool:
+        yield from prefetch(lambda start: list(pool.map(read, range(len(items))[start:start + size])),
+                            range(0, len(items), size), 1)
+
 # %% ../nbs/13_inference.ipynb #94ccc992
 class ProductionModel:
     """A saved model that answers for any picture. Raise `UserError` for a folder that is missing, damaged or foreign,
@@ -344,16 +357,10 @@ class ProductionModel:
         """Classify a list of pictures, of mixed kinds and sizes, in order; one that can't be used raises `UserError`,
         or with `return` gets {'error': why}."""
         if on_error not in ('raise', 'return'): raise UserError(f'on_error={on_error!r}: give raise or return.')
-        def read(item):
-            try: return to_pixels(item[1], self.native, f'images[{item[0]}]')
-            except UserError as e:
-                if on_error == 'raise': raise
-                return {'error': str(e)}
-        items, out = list(enumerate(as_batch(images))), []
-        with ThreadPoolExecutor(min(8, cores())) as pool:
-            for part in prefetch(lambda i: list(pool.map(read, items[i:i + size])), range(0, len(items), size), 1):
-                found = iter(self.answers([p for p in part if not isinstance(p, dict)]))
-                out += [p if isinstance(p, dict) else next(found) for p in part]
+        out = []
+        for part in read_pictures(as_batch(images), self.native, on_error, size):
+            found = iter(self.answers([p for p in part if not isinstance(p, dict)]))
+            out += [p if isinstance(p, dict) else next(found) for p in part]
         return out
 
 # %% ../nbs/13_inference.ipynb #d2891e66
@@ -403,14 +410,12 @@ def served(cfg, folder):
             'temperature': model.temperature, 'predictions': [a['prediction'] for a in answers],
             'uncertain': [a['uncertain'] for a in answers]}
 
-# %% ../nbs/13_inference.ipynb #c5ec73c7
 @stage
 def inference_speed(cfg, folder):
     "Measure the production model on test images."
     images = load_split(cfg, 'test')[0][:256].permute(0, 2, 3, 1).numpy()
     return benchmark(ProductionModel(production(cfg), cfg.device), images, seconds=cfg.benchmark_seconds)
 
-# %% ../nbs/13_inference.ipynb #3cfad98a
 @stage
 def backends(cfg, folder):
     "Score and time the backends that can be used here on the test split; those that can't say why."

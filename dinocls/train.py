@@ -6,8 +6,8 @@
 __all__ = ['COUNTS', 'LONG', 'schedule', 'averaged', 'initial_share', 'Loop', 'make_accelerator', 'start', 'Divided',
            'gather_features', 'optimise', 'train_step', 'halve', 'step_seed', 'train_epoch', 'diagnosis', 'group_rates',
            'accuracy_and_loss', 'evaluate', 'classification_metrics', 'checkpoints', 'save_checkpoint',
-           'load_checkpoint', 'Checkpointer', 'has_compiler', 'compiles', 'shared_infer', 'val_logits', 'validate',
-           'fit', 'batch_source']
+           'load_checkpoint', 'SignalCatcher', 'Checkpointer', 'has_compiler', 'compiles', 'shared_infer', 'val_logits',
+           'validate', 'fit', 'batch_source']
 
 # %% ../nbs/04_train.ipynb #cdf7efd9
 import copy
@@ -299,12 +299,10 @@ def load_checkpoint(loop: Loop, folder: Path, name: str) -> bool:
         return True
     return False
 
-# %% ../nbs/04_train.ipynb #12885063
-class Checkpointer:
-    "Writes a training's checkpoints when they are due, and when the process is asked to stop."
-    def __init__(self, loop: Loop, folder: Path, name: str):
-        self.loop, self.folder, self.name = loop, Path(folder), name
-        self.asked, self.last, self.told, self.old = 0, time.monotonic(), False, {}
+# %% ../nbs/04_train.ipynb #3a6b3b0d
+class SignalCatcher:
+    "Notes within a block that the process is asked to stop, in place of ending it; a second Ctrl-C ends it."
+    def __init__(self): self.asked, self.old = 0, {}  # number of the signal; signal → handler before
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -317,6 +315,14 @@ class Checkpointer:
     def ask(self, number, frame):
         if number == self.asked == signal.SIGINT: raise KeyboardInterrupt  # for the second time
         self.asked = self.asked or number
+
+# %% ../nbs/04_train.ipynb #12885063
+class Checkpointer(SignalCatcher):
+    "Writes a training's checkpoints when they are due, and when the process is asked to stop."
+    def __init__(self, loop: Loop, folder: Path, name: str):
+        super().__init__()
+        self.loop, self.folder, self.name = loop, Path(folder), name
+        self.last, self.told = time.monotonic(), False
 
     def after_step(self):
         "Write a checkpoint if minutes say so, and stop if asked or if training has come to nothing."
