@@ -147,3 +147,37 @@ def real(cifar10):
     "Return CIFAR-10 itself."
     from dinocls.kit.datasets import load_dataset
     return load_dataset('cifar10', cifar10)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "Keep torch hub's cache, and the hub's, out of the user's folders."
+    import huggingface_hub.constants
+    import torch
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path/'torch'))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
+    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.delenv(name, raising=False)
+    (tmp_path/'torch'/'checkpoints').mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.fixture(scope='session')
+def saved(tmp_path_factory):
+    "A production folder of an untrained model."
+    import torch
+
+    from dinocls.inference import save_production
+    from dinocls.kit.config import preset
+    from dinocls.model import classifier
+    torch.manual_seed(0)
+    cfg, classes = preset('smoke'), [str(i) for i in range(10)]
+    return save_production(tmp_path_factory.mktemp('run')/'production', classifier(cfg, 10).eval(), cfg, classes,
+                           {'test': {'accuracy': 0.1, 'n': 100}})
+
+
+def answers(n=4000, classes=6, seed=0, sharp=0.4):
+    "Return made-up probabilities, and labels drawn from them."
+    import numpy as np
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.full(classes, sharp), n)
+    return p, (p.cumsum(1) < rng.random((n, 1))).sum(1).clip(max=classes - 1)

@@ -3,17 +3,11 @@ import json
 
 import numpy as np
 import pytest
+from conftest import answers
 
 from dinocls.kit import files
 from dinocls import errors
 from dinocls.kit.fetch import data_folder
-
-
-def answers(n=4000, classes=6, seed=0, sharp=0.4):
-    "Probabilities, and labels drawn from them."
-    rng = np.random.default_rng(seed)
-    p = rng.dirichlet(np.full(classes, sharp), n)
-    return p, (p.cumsum(1) < rng.random((n, 1))).sum(1).clip(max=classes - 1)
 
 
 def confident_learning(p, labels):

@@ -19,7 +19,6 @@ from dinocls.inference import CARD, EXAMPLES, FILES, ProductionModel, benchmark,
 from dinocls.kit import engines
 from dinocls.kit.engines import BACKENDS, agreement, scaled
 from dinocls.kit.pictures import as_png
-from dinocls.model import classifier
 
 CFG = config.preset('smoke')
 CLASSES, LAYERS = [str(i) for i in range(10)], len(CFG.head_widths)
@@ -37,14 +36,6 @@ def refused(call, *needed):
     text = str(e.value)
     assert '\n' not in text and text.endswith('.') and 'object at 0x' not in text and len(text) < 600, text
     for part in needed: assert part in text, text
-
-
-@pytest.fixture(scope='session')
-def saved(tmp_path_factory):
-    "A production folder of an untrained model."
-    torch.manual_seed(0)
-    return save_production(tmp_path_factory.mktemp('run')/'production', classifier(CFG, 10).eval(), CFG, CLASSES,
-                           {'test': {'accuracy': 0.1, 'n': 100}})
 
 
 @pytest.fixture(scope='session')

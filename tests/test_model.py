@@ -3,7 +3,6 @@ import copy
 import re
 import sys
 
-import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -33,16 +32,6 @@ def small(name, **options):
 
 
 def images(m): return torch.randn(4, 3, *m.backbone.patch_embed.img_size)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    "Keep torch hub's cache, and the hub's, out of the user's folders."
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path/'torch'))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
-    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.delenv(name, raising=False)
-    (tmp_path/'torch'/'checkpoints').mkdir(parents=True)
-    return tmp_path
 
 
 def test_keys_do_not_change_with_a_download(cache):

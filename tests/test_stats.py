@@ -1,16 +1,10 @@
 "Statistics against independent computations: scores and risks by their definitions, coverage by theory, tests by hand."
 import numpy as np
 import pytest
+from conftest import answers
 from scipy.stats import betabinom, binom
 
 from dinocls import stats
-
-
-def answers(n=4000, classes=6, seed=0, sharp=0.4):
-    "Probabilities, and labels drawn from them."
-    rng = np.random.default_rng(seed)
-    p = rng.dirichlet(np.full(classes, sharp), n)
-    return p, (p.cumsum(1) < rng.random((n, 1))).sum(1).clip(max=classes - 1)
 
 
 def test_scores_by_the_definitions():

@@ -299,6 +299,13 @@ def loaded(cfg) -> Dataset:
     return _loaded(cfg.dataset, cfg.data_root, cfg.on_broken)
 
 
+def fingerprint_at_hand(cfg) -> str:
+    "Return the fingerprint of the configured dataset; empty where it is not at hand or not sound. Nothing is fetched."
+    if cfg.dataset not in ('digits', 'imagefolder') and not at_hand(cfg.dataset, cfg.data_root): return ''
+    with contextlib.suppress(UserError): return loaded(cfg).fingerprint
+    return ''
+
+
 CIFAR10_C = Published('CIFAR-10-C.tar', '56bf5dcef84df0e2308c6dcbcbbd8499',
                       ('https://zenodo.org/records/2535967/files/CIFAR-10-C.tar?download=1',), 'CIFAR-10-C')
 CIFAR10_1 = {'cifar10.1_v6_data.npy': '24349cc5f3fb59648d75cd8015b5a184b1f5c250',

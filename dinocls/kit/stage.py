@@ -229,8 +229,8 @@ class Stage:
     def find(self, cfg) -> tuple[Result | None, str]:
         "Return the stored result that holds for a configuration, or none, and what speaks against the nearest one."
         cfg, objection = getattr(cfg, '_cfg', cfg), ''
-        for folder in sorted((cfg.folder/'stages').glob(f'{self.name}-*'), key=lambda f: f.name):
-            if not is_whole(folder): continue
+        stored = filter(is_whole, (cfg.folder/'stages').glob(f'{self.name}-*'))
+        for folder in sorted(stored, key=lambda f: -(f/'run.json').stat().st_mtime_ns):  # the newest first
             result = Result(folder)
             if any(plain(getattr(cfg, f, None)) != v for f, v in result.record['fields'].items()): continue
             why = self._objection(result.record, cfg)
@@ -318,10 +318,10 @@ def stage(fn) -> Stage:
 
 
 def content_of(cfg: Config, fields) -> dict:  # field → digest
-    "Return digests of the data and the weights that fields stand for, as far as these are among `fields`."
-    from .datasets import loaded
+    "Return digests of the data and the weights that fields stand for, as far as they are asked for and at hand."
+    from .datasets import fingerprint_at_hand
     from .fetch import weights_digest
-    find = {'dataset': lambda: loaded(cfg).fingerprint, 'weights': lambda: weights_digest(cfg.backbone, cfg.weights),
+    find = {'dataset': lambda: fingerprint_at_hand(cfg), 'weights': lambda: weights_digest(cfg.backbone, cfg.weights),
             'pretrain_from': lambda: cfg.pretrain_from and weights_digest(cfg.backbone, cfg.pretrain_from)}
     return {f: made for f in find if f in fields and (made := find[f]())}
 

@@ -10,30 +10,20 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, environment
 from PIL import Image
 
-from dinocls.inference import ProductionModel, save_production
+from dinocls.inference import ProductionModel
 from dinocls.kit import config
 from dinocls.kit.pictures import as_png
-from dinocls.model import classifier
 
 CFG, CLASSES = config.preset('smoke'), [str(i) for i in range(10)]
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
 PNG, KIND = as_png(NOISE[0]), {'content-type': 'image/png'}
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A production folder of an untrained model."
-    torch.manual_seed(0)
-    return save_production(tmp_path_factory.mktemp('run')/'production', classifier(CFG, 10).eval(), CFG, CLASSES,
-                           {'test': {'accuracy': 0.1, 'n': 100}})
-
-
-@pytest.fixture(scope='module')
-def model(folder): return ProductionModel(folder, 'cpu')
+@pytest.fixture(scope='session')
+def model(saved): return ProductionModel(saved, 'cpu')
 
 
 @contextlib.contextmanager
@@ -157,9 +147,9 @@ def connected(port):
 
 
 @pytest.fixture(scope='module')
-def running(folder):
+def running(saved):
     "A server, with the page if there is Gradio: the process and the port."
-    with server(folder, 'page' * bool(importlib.util.find_spec('gradio')), timeout=3) as (process, port):
+    with server(saved, 'page' * bool(importlib.util.find_spec('gradio')), timeout=3) as (process, port):
         yield process, port
 
 

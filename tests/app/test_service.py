@@ -384,24 +384,24 @@ def test_slow_lying_and_broken_clients(running):
     assert 'dinocls_held_pictures 0.0' in metrics and 'status="500"' not in metrics
 
 
-def test_mistakes_of_the_command_get_one_sentence(folder, tmp_path, in_process):
+def test_mistakes_of_the_command_get_one_sentence(saved, tmp_path, in_process):
     with socket.create_server(('127.0.0.1', 0)) as taken:
-        refused(in_process('serve', folder, '--backend', 'torch', '--no-page', '--port', taken.getsockname()[1]),
+        refused(in_process('serve', saved, '--backend', 'torch', '--no-page', '--port', taken.getsockname()[1]),
                 'Cannot listen', 'in use', '--port')
     refused(in_process('serve', tmp_path/'gone'), 'no production folder', 'gone')
-    refused(in_process('serve', folder, '--backend', 'torch', '--port', 99999), 'Cannot listen', '--port')
-    refused(in_process('serve', folder, '--backend', 'torch', '--host', 'no.such.host.invalid'), 'Cannot listen',
+    refused(in_process('serve', saved, '--backend', 'torch', '--port', 99999), 'Cannot listen', '--port')
+    refused(in_process('serve', saved, '--backend', 'torch', '--host', 'no.such.host.invalid'), 'Cannot listen',
             '--host')
-    refused(in_process('serve', folder, '--backend', 'torch', '--limit', 'max_bites=3', '--port', 0), 'max_bites',
+    refused(in_process('serve', saved, '--backend', 'torch', '--limit', 'max_bites=3', '--port', 0), 'max_bites',
             "did you mean 'max_bytes'")
-    refused(in_process('serve', folder, '--device', 'tpu'), 'tpu')
-    refused(in_process('serve', folder, '--backend', 'onxn'), 'onxn', "did you mean 'onnx'")
+    refused(in_process('serve', saved, '--device', 'tpu'), 'tpu')
+    refused(in_process('serve', saved, '--backend', 'onxn'), 'onxn', "did you mean 'onnx'")
 
 
 @pytest.mark.parametrize('missing', ['fastapi', 'uvicorn', 'prometheus_client'])
-def test_missing_extra(missing, folder, monkeypatch, in_process):
+def test_missing_extra(missing, saved, monkeypatch, in_process):
     monkeypatch.setitem(sys.modules, missing, None)
-    refused(in_process('serve', folder, '--backend', 'torch', '--no-page', '--port', 0), missing,
+    refused(in_process('serve', saved, '--backend', 'torch', '--no-page', '--port', 0), missing,
             "pip install 'dinocls[serve]'")
 
 

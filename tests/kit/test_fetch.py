@@ -5,7 +5,6 @@ import re
 import threading
 from types import SimpleNamespace
 
-import huggingface_hub.constants
 import pytest
 import torch
 from publishers import cifar, host
@@ -142,16 +141,6 @@ def test_a_file_without_a_checksum_is_never_taken_from_a_mirror(tmp_path, monkey
 
 
 # --- weights ---
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    "Keep torch hub's cache, and the hub's, out of the user's folders."
-    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path/'torch'))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
-    for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.delenv(name, raising=False)
-    (tmp_path/'torch'/'checkpoints').mkdir(parents=True)
-    return tmp_path
-
 
 @pytest.fixture
 def files_host():

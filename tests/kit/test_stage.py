@@ -145,6 +145,16 @@ def test_changed_pictures_under_one_name_are_noticed(tmp_path, capsys):
     Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(tmp_path/'data'/'train'/'a'/'0.png')
     second = run(tmp_path/'data')
     assert 'computed anew: the content of dataset has changed' in second and second.splitlines()[-1] != first.strip()
+    (tmp_path/'data').rename(tmp_path/'elsewhere')  # what is not there cannot have changed
+    assert run(tmp_path/'data') == second.splitlines()[-1] + '\n'
+
+
+def test_asking_for_a_result_fetches_no_data(tmp_path, monkeypatch):
+    def named(cfg, folder): return {'dataset': cfg.dataset}
+    made, cfg = stage(named), preset('cifar', out=tmp_path/'run', data_root=tmp_path)
+    STAGES.pop('named')
+    monkeypatch.setattr('dinocls.kit.datasets.load_dataset', None)
+    assert not made.is_done(cfg) and made(cfg)['dataset'] == 'cifar10' and made.is_done(cfg)
 
 
 @pytest.mark.slow
