@@ -312,7 +312,7 @@ PRESETS = {
     'smoke': Preset('tests: each chapter in seconds', '2 min for the book on 2 CPU cores, no network',
                     'every cell runs; the scores mean nothing', _SMOKE),
     'quick': Preset('the embedded default: the whole book on real digits',
-                    '6 min on 2 CPU cores with AMX, 15 on others; no network',
+                    '7 min on 2 CPU cores with AMX, 15 on others; no network',
                     'a small ViT, pre-trained without labels: about 99 % on 360 test digits', _QUICK),
     'laptop': Preset('CIFAR-10 itself on two cores: 2,500 labels, all 10,000 test images',
                      '71 min on 2 CPU cores beside other work (84 min of one core); CIFAR-10 download of 170 MB',
