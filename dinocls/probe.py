@@ -44,9 +44,9 @@ def neighbours(bank,  # (n, dim)
     found = []
     for block in queries.to(bank.device).split(1024):
         near = []
-        for i, tile in enumerate(bank.split(8192)):
+        for i, tile in enumerate(bank.split(4096)):
             values, index = (block @ tile.T).topk(min(k, len(tile)), sorted=False)
-            near.append((values, index + 8192 * i))
+            near.append((values, index + 4096 * i))
         values, index = (torch.cat(part, 1) for part in zip(*near))
         best = values.topk(k)
         found.append((best.values, index.gather(1, best.indices)))
