@@ -17,6 +17,7 @@ import psutil
 
 from ..kit.config import Config, format_overrides, root
 from ..kit.fetch import shipped_record
+from ..kit.figures import Findings, read_findings
 from ..kit.files import UserError, digest, file_digest, nearest, read_json, reason, replacing, write_json
 from ..kit.machine import cores, git_commit, hardware, versions
 from ..kit.stage import PACKAGE, STAGES, content_of, forget, open_run
@@ -103,9 +104,12 @@ def check_parameters(path: Path, given: dict):
         raise UserError(f'{path.name} has no parameter {name!r}: {mend}')
 
 
-def tidy(notebook: Path) -> str:
-    "Return an executed notebook without times, durations, random ids and this machine's paths."
+def tidy(notebook: Path, findings: Findings | None = None) -> str:
+    """Return an executed notebook without times, durations, random ids and this machine's paths; what the chapter
+    found, if it says so, stands below its title."""
     nb = json.loads(notebook.read_text(encoding='utf-8'))
+    if findings: nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'findings', 'metadata': {'tags': ['findings']},
+                                        'source': '## The answer\n\n' + findings.markdown(notebook.stem)})
     nb['metadata'].pop('papermill', None)
     nb['metadata'].get('language_info', {}).pop('version', None)
     for cell in nb['cells']:
@@ -195,7 +199,8 @@ class Job:
         except RuntimeError as e: error = {'text': f'{reason(e)}, perhaps for lack of memory'}  # there is no kernel
         except Exception as e: error = {'error': type(e).__name__, 'text': reason(e)}
         if executing.exists() and not self.stopped:
-            with replacing(self.cfg.folder/executing.name) as tmp: tmp.write_text(tidy(executing), encoding='utf-8')
+            with replacing(self.cfg.folder/executing.name) as tmp:
+                tmp.write_text(tidy(executing, read_findings(self.cfg).get(self.chapter.name)), encoding='utf-8')
         executing.unlink(missing_ok=True)
         return {'status': 'failed' if error else 'done', **error, 'seconds': round(time.time() - self.begin, 1),
                 'peak_mb': round(self.peak_mb)}

@@ -42,11 +42,45 @@ def claim(text: str,  # what is expected, in a sentence
     return {'claim': text, 'holds': None if holds is None else bool(holds), 'evidence': evidence}
 
 
+MARKS = {True: '✓', False: '✗', None: '?'}
+
+
+class Findings(dict):
+    "What a chapter found: the answer to its question, the claims behind it, and what the run leaves open."
+    def _repr_markdown_(self): return self.markdown()
+
+    def markdown(self, folder: str = '') -> str:
+        "Write the findings as Markdown; with a folder, that of the chapter's figures, the key figure is shown as well."
+        figure = f'![{self["alt"]}]({folder}/{self["figure"]}.png)' if folder and self['figure'] else ''
+        claims = '\n'.join(f'- {MARKS[c["holds"]]} {c["claim"]} ({c["evidence"]})' for c in self['claims'])
+        untold = self['untold'] and f'**What this run can\'t tell.** {self["untold"]}'
+        change = self['change'] and f'**What would change the answer.** {self["change"]}'
+        return '\n\n'.join(filter(None, (f'**{self["answer"]}**', figure, claims, untold, change)))
+
+
+def write_findings(cfg: Config, chapter: str,  # as in '05_phase1'
+                   answer: str,  # to the chapter's question, in a sentence or two that follow from the run
+                   claims: list[dict] = (),  # of `claim`
+                   figure: str = '',  # name of the key figure, as it was saved
+                   alt: str = '',  # what that figure shows
+                   untold: str = '',  # what the run can't tell
+                   change: str = '') -> Findings:  # what would change the answer
+    "Write what a chapter found into its folder of the run, and return it for display."
+    found = {'answer': answer, 'figure': figure, 'alt': alt or answer, 'claims': [*claims], 'untold': untold,
+             'change': change}
+    write_json(cfg.folder/chapter/'findings.json', found)
+    return Findings(found)
+
+
+def read_findings(cfg: Config) -> dict:  # chapter → findings
+    "Read the findings of all chapters of a run."
+    return {file.parent.name: Findings(read_json(file)) for file in sorted(cfg.folder.glob('*/findings.json'))}
+
+
 class Claims(list):
     "A chapter's claims, shown with ✓, ✗ or ? and their evidence."
     def _repr_markdown_(self):
-        marks = {True: '✓', False: '✗', None: '?'}
-        return '\n'.join(f'- {marks[c["holds"]]} {c["claim"]} — {c["evidence"]}' for c in self)
+        return '\n'.join(f'- {MARKS[c["holds"]]} {c["claim"]} — {c["evidence"]}' for c in self)
 
 
 def write_claims(cfg: Config, chapter: str,  # as in '05_phase1'
@@ -58,7 +92,8 @@ def write_claims(cfg: Config, chapter: str,  # as in '05_phase1'
 
 def read_claims(cfg: Config) -> dict:  # chapter → claims
     "Read the claims of all chapters of a run."
-    return {file.parent.name: Claims(read_json(file)) for file in sorted(cfg.folder.glob('*/claims.json'))}
+    alone = {file.parent.name: Claims(read_json(file)) for file in sorted(cfg.folder.glob('*/claims.json'))}
+    return alone | {chapter: Claims(found['claims']) for chapter, found in read_findings(cfg).items()}
 
 
 def subplots(rows: int = 1, cols: int = 1,
@@ -76,9 +111,17 @@ def headline(fig, title: str):
     return fig
 
 
-def save_figure(cfg: Config, chapter: str, name: str, fig):
-    "Write a figure as `<chapter>/<name>.png` into the run; the notebook shows it as the cell ends."
-    with replacing(cfg.folder/chapter/f'{name}.png') as tmp: fig.savefig(tmp, metadata={'Software': None})
+def save_figure(cfg: Config, chapter: str, name: str, fig,
+                alt: str = ''):  # what is to be seen, for whoever does not see it; empty: the title
+    """Write a figure as `<chapter>/<name>.png` into the run, with its title and alternative text inside, and as SVG
+    too where it holds lines alone; the notebook shows it as the cell ends."""
+    import matplotlib as mpl
+    title = fig.get_suptitle() or ' · '.join(filter(None, (ax.get_title() for ax in fig.axes)))
+    told = {'Title': title, 'Description': alt or title}
+    with replacing(cfg.folder/chapter/f'{name}.png') as tmp: fig.savefig(tmp, metadata={'Software': None, **told})
+    if any(ax.images for ax in fig.axes): return
+    with replacing(cfg.folder/chapter/f'{name}.svg') as tmp, mpl.rc_context({'svg.hashsalt': 'dinocls'}):
+        fig.savefig(tmp, format='svg', metadata={'Date': None, 'Creator': None, **told})
 
 
 def save_table(cfg: Config, chapter: str, name: str, table):

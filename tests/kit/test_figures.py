@@ -33,6 +33,28 @@ def test_claims_hold_or_not_or_cannot_be_told(cfg):
     assert [line[:3] for line in shown._repr_markdown_().splitlines()] == ['- ✓', '- ✗', '- ?']
 
 
+def test_findings_answer_first_and_carry_their_claims(cfg):
+    told = [figures.claim('phase 2 does no harm', True, '+12 images of 900')]
+    found = figures.write_findings(cfg, '06_phase2', 'Yes, by 3 points.', told, 'ways', 'Bars', change='more labels')
+    assert figures.read_findings(cfg) == {'06_phase2': found} and figures.read_claims(cfg) == {'06_phase2': told}
+    assert '![Bars](06_phase2/ways.png)' in found.markdown('06_phase2') and '![' not in found._repr_markdown_()
+    assert found.markdown().splitlines()[0] == '**Yes, by 3 points.**' and '- ✓ phase 2' in found.markdown()
+    assert 'can\'t tell' not in found.markdown() and 'more labels' in found.markdown()
+
+
+def test_a_figure_says_what_it_shows_and_lines_are_drawn_as_vectors_too(cfg):
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    for name, part in (('line', 'plot'), ('picture', 'imshow')):
+        fig, ax = figures.subplots(size=(3, 2))
+        getattr(ax, part)([[1, 2], [3, 4]])
+        figures.save_figure(cfg, '05_phase1', name, figures.headline(fig, 'It rises'), alt='A line from 1 to 4')
+        plt.close(fig)
+        with Image.open(cfg.folder/'05_phase1'/f'{name}.png') as png:
+            assert (png.info['Title'], png.info['Description']) == ('It rises', 'A line from 1 to 4')
+    assert [p.name for p in (cfg.folder/'05_phase1').glob('*.svg')] == ['line.svg']
+
+
 def test_a_figure_and_a_table_change_only_with_their_result(cfg):
     import matplotlib.pyplot as plt
     def draw():
@@ -41,6 +63,6 @@ def test_a_figure_and_a_table_change_only_with_their_result(cfg):
         figures.save_figure(cfg, '05_phase1', 'line', figures.headline(fig, 'It rises'))
         plt.close(fig)
         figures.save_table(cfg, '05_phase1', 'table', pd.DataFrame({'a': [1.5]}))
-        return [(cfg.folder/'05_phase1'/name).read_bytes() for name in ('line.png', 'table.csv')]
+        return [(cfg.folder/'05_phase1'/name).read_bytes() for name in ('line.png', 'table.csv', 'line.svg')]
     assert draw() == draw()
     assert draw()[1] == b'a\n1.5\n'
