@@ -83,10 +83,10 @@ def reference() -> list[dict]:
 
 # %% ../nbs/14_report.ipynb #e15863df
 def written(value, unit: str,
-            digits: int | None = None) -> str:  # behind the point, as published; None: as the report shows a measured one
+            digits: int | None = None) -> str:  # behind the point, as published; None: those of measured values
     "Write a value; a range by its ends, None as a dash."
     if value is None: return '–'
-    if isinstance(value, (tuple, list)): return f'{written(value[0], unit, digits)} … {written(value[1], unit, digits)}'
+    if isinstance(value, (tuple, list)): return ' … '.join(written(v, unit, digits) for v in value)
     if isinstance(value, int) or (unit == '' and float(value).is_integer() and abs(value) > 1): return f'{int(value):,}'
     if digits is None: digits = {'': 4, '/s': 1}.get(unit, 2)
     return f'{value:{"+" if unit == "points" else ""}.{digits}f}'
@@ -114,7 +114,7 @@ def with_zeros(rows: list[dict]) -> list[dict]:
 SCALE = {'%': 100, 'points': 100}  # metrics are fractions, the report is in percent
 
 def compare(cfg: Config) -> list[dict]:
-    """Return the reference's rows with the measured value, its interval, n, a verdict and why; None where there is none.
+    """Return the reference's rows with the measured value, its interval, n, verdict and why; None where there is none.
     Verdicts are corrected for the number of rows."""
     rows, other = with_zeros(read_metrics(cfg)), other_setting(cfg)
     rows = [compared_row(spec, find(rows, spec), other) for spec in reference()]
@@ -130,8 +130,9 @@ def compared_row(spec: dict, row: dict | None, other: str) -> dict:  # other: wh
     low, high = (None if end is None else end * scale for end in interval(row, sort))
     value = int(row['value']) if isinstance(spec['reported'], int) else row['value'] * scale
     found |= {'measured': value, 'low': low, 'high': high, 'n': row['n'] or None}
-    if sort == 'parameters': return found | {'verdict': 'agrees' if value == spec['reported'] else 'differs',
-                                             'why': f'{value - spec["reported"]:+,d}' if value != spec['reported'] else 'equal'}
+    if sort == 'parameters':
+        off = value - spec['reported']
+        return found | {'verdict': 'differs' if off else 'agrees', 'why': f'by {off:+,}' if off else 'equal'}
     rates = f'; run at {row["lr_backbone"]:g} / {row["lr_head"]:g}' if 'lr_backbone' in row else ''
     if why := other or UNLIKE.get(sort): return found | {'verdict': 'not comparable', 'why': why + rates}
     told = against(spec, sort, found)
@@ -192,7 +193,8 @@ def against(spec: dict, sort: str, found: dict) -> dict:  # found: measured, low
     count = isinstance(spec['reported'], int)
     unit, ours = (found['n'], REPORTED_N) if count else (SCALE.get(spec['unit'], 1),) * 2  # of a fraction
     value, low, high = (None if found[k] is None else found[k] / unit for k in ('measured', 'low', 'high'))
-    ends = [end / ours for end in (spec['reported'] if isinstance(spec['reported'], tuple) else (spec['reported'],) * 2)]
+    told = spec['reported'] if isinstance(spec['reported'], tuple) else (spec['reported'],) * 2
+    ends = [end / ours for end in told]
     off, middle, margin = value - min(max(value, ends[0]), ends[1]), sum(ends) / 2, MARGINS[sort]
     error = None if low is None else math.hypot(standard_error(low, high), reported_error(
         spec | {'digits': 9} if count else spec, sort, min(ends, key=lambda end: abs(end - value))))
@@ -304,8 +306,9 @@ def schema() -> dict:
     def many(items, **more): return {'type': 'array', 'items': items, **more}
     metric = record('chapter run metric value split n seed', chapter=text, run=text, metric=text, split=text,
                     value=maybe('number'), n={'type': 'integer', 'minimum': 0}, seed=maybe('integer'))
-    compared = record('section item reported digits unit measured low high n p_differs p_agrees verdict why', section=text, item=text, unit=text,
-                      why=text, reported={'anyOf': [number, many(number, minItems=2, maxItems=2)]}, n=maybe('integer'),
+    compared = record('section item reported digits unit measured low high n p_differs p_agrees verdict why',
+                      section=text, item=text, unit=text, why=text,
+                      reported={'anyOf': [number, many(number, minItems=2, maxItems=2)]}, n=maybe('integer'),
                       digits={'type': 'integer'},
                       **dict.fromkeys(('measured', 'low', 'high', 'p_differs', 'p_agrees'), maybe('number')),
                       verdict={'enum': ['agrees', 'differs', "can't tell", 'not comparable', 'not run']})
