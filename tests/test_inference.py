@@ -305,7 +305,7 @@ def test_the_card_may_be_edited(folder):
 @pytest.mark.parametrize('native', [(32, 32), (48, 64)])
 def test_what_is_served_by_another_engine_is_what_was_evaluated(tmp_path, model, monkeypatch, name, native):
     if why := engines.lacking(name, model.device): pytest.skip(why)
-    monkeypatch.setattr(engines, 'EXPORTS', tmp_path/'exports')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     place = save_production(tmp_path/'p', model.model, CFG, CLASSES, {}, native=native)
     if name == 'openvino' and native == (48, 64):  # it ignores that the graph asks for antialiasing
         return refused(lambda: ProductionModel(place, 'cpu', name), 'openvino answers otherwise than PyTorch')

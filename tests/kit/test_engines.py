@@ -46,7 +46,7 @@ def subject(): return make()
 def cache(tmp_path_factory):
     "A cache of exports that these tests share."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, 'EXPORTS', tmp_path_factory.mktemp('exports'))
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
         yield
 
 
