@@ -427,7 +427,7 @@ def fit(model: Classifier, train,  # images, labels, and the indices of the spli
         folder: Path, name: str = 'fit',
         feats=None,  # embeddings of the training images, where the backbone is frozen and nothing is varied
         on_epoch=None) -> dict:  # called with name, row of history and epochs; None: tell them as progress
-    "Train what is not frozen, from the checkpoint in `folder`; return its best epoch's weights, and all epochs' answers."
+    "Train what is not frozen, from the checkpoint in `folder`; return its weights of the best and last epoch, and all answers."
     loop = start(model, cfg, epochs, max(1, len(train[-1]) // cfg.batch_size), lr_backbone, lr_head, layer_decay)
     load_checkpoint(loop, folder, name)
     source, divided = batch_source(loop, train, feats), Divided(loop.model, loop.accelerator)
@@ -445,7 +445,8 @@ def fit(model: Classifier, train,  # images, labels, and the indices of the spli
             tell = on_epoch or (lambda *_: progress(name, loop.epoch, epochs, note))
             if loop.accelerator.is_main_process: tell(name, row, epochs)
             keeper.after_epoch(epochs)
-    return {'weights': loop.best['weights'], 'history': loop.history, 'val_accuracy': loop.best['accuracy'],
+    last = loop.ema.module if loop.ema else loop.trained
+    return {'weights': loop.best['weights'], 'last_weights': last.state_dict(), 'history': loop.history, 'val_accuracy': loop.best['accuracy'],
             'best_epoch': loop.best['epoch'], 'val_labels': val[1].cpu().numpy(),
             'val_logits_by_epoch': torch.stack([a.cpu() for a in loop.answers]).numpy()}  # (epochs, n, classes)
 
