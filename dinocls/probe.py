@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'RATES', 'REPRESENTATIONS', 'KS', 'SHOTS', 'DRAWS', 'neighbours', 'vote', 'knn', 'logistic',
-           'linear_probe', 'sgd_probe', 'finetuned_features', 'pixels', 'probe_one', 'knn_curve', 'curves', 'few_shot',
-           'between_share', 'layouts', 'probe', 'spaced']
+           'linear_probe', 'sgd_probe', 'embed', 'finetuned_features', 'pixels', 'probe_one', 'knn_curve', 'curves',
+           'few_shot', 'between_share', 'layouts', 'probe', 'spaced']
 
 # %% ../nbs/08_probe.ipynb #67554307
 import contextlib
@@ -206,13 +206,16 @@ def sgd_probe(train_feats, train_labels, val_feats, val_labels,  # (n, dim), (n,
             **{f'{s}_predictions': g[:, best] for s, g in guesses.items()}}
 
 # %% ../nbs/08_probe.ipynb #acbc50cf
+def embed(body, cfg, names=('train', 'val', 'test')) -> dict:  # split → (n, dim)
+    "Embed splits with a backbone; where a head would attend over all tokens, by the CLS token."
+    if cfg.pooling == 'attention':
+        body.forward_head = functools.partial(pool, prefix=body.num_prefix_tokens, pooling='cls')
+    return {name: infer(body, load_split(cfg, name)[0], cfg) for name in names}
+
 @stage
 def finetuned_features(cfg, folder):
     "Embed each split with the fine-tuned backbone."
-    body = phase2_model(cfg).backbone
-    if cfg.pooling == 'attention':
-        body.forward_head = functools.partial(pool, prefix=body.num_prefix_tokens, pooling='cls')
-    return {name: infer(body, load_split(cfg, name)[0], cfg) for name in ('train', 'val', 'test')}
+    return embed(phase2_model(cfg).backbone, cfg)
 
 def pixels(cfg) -> dict:  # split → (n, 3·h·w), 0 … 1
     "Return each split's images as vectors of raw pixels."
