@@ -189,7 +189,7 @@ def probed(feats: dict, labels: dict, cfg) -> dict:  # train and val → (n, dim
                                                   min(cfg.knn_k, len(x))) == val_y}
 
 def _drifted(cfg, result) -> dict:
-    "Return what a backbone knows after its last epoch, beside the frozen one, how far it moved, and the head's answers."
+    "Return what a backbone knows after its last epoch, beside the frozen one, how far it moved, and the answers."
     labels = {s: load_split(cfg, s)[1].numpy() for s in ('train', 'val')}
     before, body = features(cfg), with_weights(cfg, result['last_weights']).backbone
     after, start = embed(body, cfg, ('train', 'val')), classifier(cfg, len(splits(cfg)['classes'])).backbone
