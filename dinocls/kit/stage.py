@@ -91,7 +91,7 @@ def save_result(folder: Path, result: dict) -> dict:
              for name, v in result.items()}
     write_json(folder/'result.json', {n: result[n] for n, k in kinds.items() if k == 'json'})
     arrays = {n: result[n] for n, k in kinds.items() if k == 'array'}
-    with replacing(folder/'arrays.npz') as tmp: np.savez(tmp, **arrays)
+    with replacing(folder/'arrays.npz') as tmp: np.savez_compressed(tmp, **arrays)
     for name in (n for n, k in kinds.items() if k == 'tensors'):
         from safetensors.torch import save_file
         weights = {k: t.detach().cpu().contiguous() for k, t in result[name].items()}
