@@ -270,7 +270,7 @@ def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
           page: Annotated[bool, Option(
               '--page/--no-page', help='a page for the browser')] = True,
           name: Annotated[list[str] | None, Option(
-              '--name', help='what clients call this machine beside localhost and its numbers; may be repeated')] = None,
+              '--name', help='what clients call this machine beside its numbers; may be repeated')] = None,
           limit: Annotated[list[str] | None, Option(
               '--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None,
           preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
