@@ -33,11 +33,11 @@ class Connection(H11Protocol):
 
     def pause_writing(self):  # the client does not read
         super().pause_writing()
-        self.expect(self.config.timeout_keep_alive, self.cycle)
+        self.stuck = self.loop.call_later(self.config.timeout_keep_alive, self.transport.abort)
 
     def resume_writing(self):
         super().resume_writing()
-        self.timer.cancel()
+        self.stuck.cancel()
 
     def connection_lost(self, exc):
         self.timer.cancel()

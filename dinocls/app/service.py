@@ -374,15 +374,14 @@ class Gate:
         if scope['method'] == 'OPTIONS':  # no other site may ask: no header of CORS allows it
             allow = {'Allow': ', '.join(self.allowed(scope['path']))}
             return await Response(status_code=204, headers=allow)(scope, receive, send)
-        if scope['method'] != 'POST':
-            async def nothing(): return {'type': 'http.request', 'body': b'', 'more_body': False}
-            return await self.app(dict(scope, method='GET'), nothing, send)
+        async def pass_on(body, **changes):
+            left = iter([{'type': 'http.request', 'body': body, 'more_body': False}])
+            async def again(): return next(left, None) or await receive()
+            await self.app(scope | changes, again, send)
+        if scope['method'] != 'POST': return await pass_on(b'', method='GET')
         self.service.batcher.check()
         async with self.service.body(headers, receive) as body:
-            with self.service.batcher.hold():
-                left = iter([{'type': 'http.request', 'body': body, 'more_body': False}])
-                async def again(): return next(left, None) or await receive()
-                await self.app(scope, again, send)
+            with self.service.batcher.hold(): await pass_on(body)
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)

@@ -134,7 +134,8 @@ def server(folder, page='', timeout=20, **limits):
 
 def head(length, *more):
     more = ''.join(f'{line}\r\n' for line in more)
-    return (f'POST /predict HTTP/1.1\r\nHost: localhost\r\n{more}Content-Type: image/png\r\nContent-Length: {length}\r\n\r\n'.encode())
+    return (f'POST /predict HTTP/1.1\r\nHost: localhost\r\n{more}Content-Type: image/png\r\n'
+            f'Content-Length: {length}\r\n\r\n'.encode())
 
 
 def reply(connection) -> bytes:
