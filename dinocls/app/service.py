@@ -80,7 +80,10 @@ def read_picture(data: bytes, native: tuple, max_pixels: int) -> np.ndarray:  # 
         with Image.open(io.BytesIO(data), formats=[f for f in SERVED if f in Image.OPEN]) as image:
             claimed = image.width * image.height
             if claimed <= max_pixels: return to_pixels(image, native, 'the picture')
-    except UserError as e: raise Refusal(422, str(e)) from None
+    except UserError as e:
+        if isinstance(e.__context__, MemoryError): raise MemoryError from None
+        raise Refusal(422, str(e)) from None
+    except MemoryError: raise
     except UnidentifiedImageError:
         raise Refusal(422, f'Cannot use the picture: it is not a picture in one of the formats {", ".join(SERVED)}.'
                       ) from None
