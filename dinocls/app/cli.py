@@ -271,7 +271,9 @@ def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
                                          'environment, where no list of processes shows it')] = '',
           device: DeviceOption = 'auto', backend: BackendOption = 'auto',
           page: Annotated[bool, Option(
-              '--page/--no-page', help='a page for the browser, where Gradio is installed')] = True,
+              '--page/--no-page', help='a page for the browser')] = True,
+          name: Annotated[list[str] | None, Option(
+              '--name', help='what clients call this machine beside its numbers; may be repeated')] = None,
           limit: Annotated[list[str] | None, Option(
               '--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None,
           preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
@@ -280,7 +282,7 @@ def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
     from .service import serve as start
     limits = parse_overrides(shlex.join(limit or []))
     served = ProductionModel(served_path(folder, settings(preset, config, set, out)), device, backend)
-    start(served, host, port, api_key, page, **limits)
+    start(served, host, port, api_key, page, name or (), **limits)
 
 
 @app.command()
