@@ -20,7 +20,8 @@ import numpy as np
 
 from . import machine
 from .config import FIELDS, WHERE, Config, parse_overrides, preset
-from .files import UserError, as_os_error, digest, known_digest, plain, read_json, reason, replacing, write_json
+from .files import (
+    UserError, as_os_error, digest, known_digest, locked, plain, read_json, reason, replacing, write_json)
 
 RUN_FORMAT = 2  # layout of a run folder; raised when an older one could be misread
 STAGES = {}  # name → stage, filled as modules are imported
@@ -71,7 +72,9 @@ class MissingPart(UserError, KeyError): "A stored result lacks a part, because a
 
 class Result(Mapping):
     "What a stage returned, read from its folder when asked for. Raise `MissingPart` for what is not in it."
-    def __init__(self, folder): self.folder, self.record = Path(folder), read_json(Path(folder)/'run.json')
+    def __init__(self, folder, record=None):
+        self.folder, self.record = Path(folder), record or read_json(Path(folder)/'run.json')
+
     def __iter__(self): return iter(self.record['parts'])
     def __len__(self): return len(self.record['parts'])
     def __repr__(self): return f'Result({self.folder.name}: {", ".join(self)})'
@@ -266,7 +269,6 @@ class Stage:
 
     def _result(self, cfg: Config) -> Result:
         "Load a result, or compute it while nobody else does."
-        from filelock import FileLock
         found, why = self.find(cfg)
         if found:
             if why: self._say(f'{found.folder.name} is kept, although {why}.')
@@ -276,10 +278,10 @@ class Stage:
         partial, locks = self._places(cfg)
         with contextlib.ExitStack() as held:
             try:
-                partial.mkdir(parents=True, exist_ok=True)
-                for lock in () if machine.rank() else locks: held.enter_context(FileLock(lock))
-                found = self.find(cfg)[0]
-                partial.mkdir(exist_ok=True)  # another process may have renamed it
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                for lock in () if machine.rank() else locks: held.enter_context(locked(lock))
+                found = None if machine.rank() else self.find(cfg)[0]
+                if not (found or machine.rank()): partial.mkdir(exist_ok=True)
             except OSError as e:
                 raise UserError(f'{self.name} cannot be computed in {cfg.folder} ({reason(e)}): make it writable, or '
                                 'choose another folder with --out.') from None
@@ -358,16 +360,17 @@ def record_of(folder: Path) -> dict | None:
 
 def stored(run: Path, name: str) -> list[Result]:
     "Return the results of a stage in a run folder, the newest first; their files are not looked at."
-    found = [Result(f) for f in (run/'stages').glob(f'{name}-*') if record_of(f)]
+    found = [Result(f, record) for f in (run/'stages').glob(f'{name}-*') if (record := record_of(f))]
     return sorted(found, key=lambda r: -(r.folder/'run.json').stat().st_mtime_ns)
 
 
 def read_result(folder: Path) -> Result:
     "Return a stage's result from its folder. Raise `UserError` if it is not one, or damaged."
-    if not record_of(folder):
+    if not (record := record_of(folder)):
         raise UserError(f'{folder} holds no whole result of a stage: run the chapter that makes it again.')
-    if damage := Result(folder).damage(): raise UserError(f'{damage}: run the chapter that makes it again.')
-    return Result(folder)
+    if damage := (result := Result(folder, record)).damage():
+        raise UserError(f'{damage}: run the chapter that makes it again.')
+    return result
 
 
 def _save(folder: Path, result: dict) -> dict:

@@ -294,3 +294,14 @@ def test_data_may_lie_elsewhere(tmp_path):
     flip(tmp_path/'run'/'run.json', 40)
     with pytest.raises(UserError, match='choose another folder with --out'):
         open_run(preset('smoke', out=tmp_path/'run'))
+
+
+@pytest.mark.slow
+def test_many_may_start_one_run_at_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dinocls.kit.config import preset
+    from dinocls.kit.stage import open_run
+    for i in range(10):
+        cfg = preset('smoke', out=str(tmp_path/f'run{i}'))
+        with ThreadPoolExecutor(16) as pool: assert {*pool.map(lambda _: open_run(cfg), range(16))} == {cfg.folder}
