@@ -37,7 +37,7 @@ from .kit.engines import Subject, candidates, fastest, measure_sizes, processor,
 from .kit.files import UserError, digest, file_digest, plain, reason, write_json
 from .kit.machine import cores, progress, version, versions
 from .kit.pictures import as_png, to_pixels
-from .kit.stage import stage
+from .kit.stage import read_result, stage
 from .model import BACKBONES, Classifier, backbone, bf16_gain, device as find_device, head, infer, precision
 from .phase2 import phase2, phase2_logits, phase2_model
 from .stats import conformal_threshold, fit_temperature, wilson
@@ -254,8 +254,8 @@ def load_trained(path: Path) -> tuple[dict, Classifier]:
             kept = torch.load(path, map_location='cpu', weights_only=True)
             fields, state = json.loads(kept['plan']), kept['best'].get('weights') or kept['ema'] or kept['model']
         else:
-            folder = path if path.is_dir() else path.parent
-            fields, state = read_object(folder/'run.json')['config'], load_file(folder/'weights.safetensors')
+            result = read_result(path if path.is_dir() else path.parent)
+            fields, state = result.record['config'], result['weights']
         state = {k.removeprefix('weights.').removeprefix('module.'): v for k, v in state.items()}
         cfg = config.preset('quick', **{k: v for k, v in fields.items() if k in Config.__dataclass_fields__})
     except UserError: raise

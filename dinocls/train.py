@@ -25,7 +25,7 @@ import torch
 from .augment import augment, mix, mixed_loss, preprocess
 from .data import Loader
 from .kit.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
-from .kit.files import UserError, as_os_error, file_digest, replacing
+from .kit.files import UserError, as_os_error, file_digest, reason, replacing
 from .kit.machine import progress
 from .model import Classifier, device, infer, param_groups, plain_attention, precision
 from .stats import mean_auc
@@ -269,9 +269,11 @@ def save_checkpoint(loop: Loop, folder: Path, name: str) -> Path:
         'optimiser': loop.optimiser.state_dict(), 'schedule': loop.schedule.state_dict(),
         'scaler': scaler.state_dict() if scaler else None}
     with replacing(draft) as tmp, as_os_error(): torch.save(state, tmp)
-    file = f'checkpoint-{name}-{loop.epoch:05d}-{loop.step:07d}-{file_digest(draft)[:16]}.pt'
-    draft.replace(file := draft.with_name(file))
-    for old in [c for c in checkpoints(folder, name) if c != file][1:]: old.unlink()
+    try:
+        file = f'checkpoint-{name}-{loop.epoch:05d}-{loop.step:07d}-{file_digest(draft)[:16]}.pt'
+        draft.replace(file := draft.with_name(file))
+        for old in [c for c in checkpoints(folder, name) if c != file][1:]: old.unlink()
+    except OSError as e: raise UserError(f'The checkpoint {draft} cannot be finished ({reason(e)}).') from None
     return file
 
 COUNTS = ('epoch', 'step', 'steps', 'skipped', 'losses', 'best', 'answers')  # what a checkpoint holds of a loop as it is

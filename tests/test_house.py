@@ -67,3 +67,10 @@ def test_private_names_stay_at_home():
 def test_no_chapter_is_longer_than_a_reader_bears():
     cells = {p.stem: len(json.loads(p.read_text(encoding='utf-8'))['cells']) for p in ROOT.glob('nbs/*.ipynb')}
     assert sum(cells.values()) <= 1000, cells
+
+
+def test_the_workflow_runs_only_what_was_seen_and_may_only_read():
+    import re
+    text = (ROOT/'.github'/'workflows'/'ci.yml').read_text()
+    used = re.findall(r'uses: (\S+)', text)
+    assert used and all(re.search('@[0-9a-f]{40}$', u) for u in used) and 'permissions:\n  contents: read' in text

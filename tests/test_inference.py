@@ -16,7 +16,7 @@ from dinocls.kit import config
 from dinocls.kit.files import UserError, file_digest
 from dinocls.kit.pictures import FORMATS
 from dinocls.inference import CARD, EXAMPLES, FILES, ProductionModel, benchmark, calibrate, save_production
-from dinocls.kit import engines
+from dinocls.kit import engines, files
 from dinocls.kit.engines import BACKENDS, agreement, scaled
 from dinocls.kit.pictures import as_png
 
@@ -355,8 +355,10 @@ def test_what_a_run_keeps_is_served(tmp_path, model):
                          'head_dropout': list(cfg.head_dropout), 'image_size': 32}}
     state = model.model.state_dict()
     (folder := tmp_path/'phase2-1').mkdir()
+    save_file(state, file := folder/'weights.safetensors')
+    known = {file.name: {'bytes': file.stat().st_size, 'sha256': files.file_digest(file)}}
+    record |= {'fields': {}, 'content': {}, 'code': {}, 'after': {}, 'parts': {'weights': 'tensors'}, 'files': known}
     (folder/'run.json').write_text(json.dumps(record))
-    save_file(state, folder/'weights.safetensors')
     torch.save({'plan': json.dumps(record['config']), 'best': {'weights': state}, 'ema': None, 'model': state},
                tmp_path/'checkpoint.pt')
     torch.save({'plan': json.dumps(record['config']),
@@ -365,9 +367,14 @@ def test_what_a_run_keeps_is_served(tmp_path, model):
         np.testing.assert_allclose(ProductionModel(place, 'cpu').probabilities([RGB[:8, :8]]),
                                    model.probabilities([RGB[:8, :8]]), atol=1e-6)
     refused(lambda: ProductionModel(tmp_path/'head.pt', 'cpu'), 'only a head')
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refused(lambda: ProductionModel(folder, 'cpu'), 'weights.safetensors of phase2-1 is damaged')
     (folder/'run.json').write_text('{}')
     torch.save({'a': Trap()}, tmp_path/'trap.pt')
-    for place in (folder, tmp_path/'trap.pt'): refused(lambda: ProductionModel(place, 'cpu'), 'holds no model')
+    refused(lambda: ProductionModel(folder, 'cpu'), 'holds no whole result')
+    refused(lambda: ProductionModel(tmp_path/'trap.pt', 'cpu'), 'holds no model')
     assert not Trap.sprung
 
 

@@ -20,8 +20,8 @@ from ..kit.fetch import shipped_record
 from ..kit.figures import Findings, read_findings
 from ..kit.files import UserError, digest, file_digest, locked, nearest, read_json, reason, replacing, write_json
 from ..kit.machine import cores, git_commit, hardware, memory_free, versions
-from ..kit.stage import PACKAGE, STAGES, content_of, forget, open_run
-from .site import write_pages
+from ..kit.stage import PACKAGE, STAGES, content_of, forget, open_run, record_of
+from .site import read_notebook, write_pages
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Chapter:
 
 def read_chapter(path: Path) -> Chapter:
     "Read what a notebook says of itself."
-    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    cells = read_notebook(path)['cells']
     prose = [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
     title, claim = re.search(r'# (.+)\n+> (.+)', prose[0]).groups()
     table = next((text for text in prose if '| reads |' in text), '')
@@ -107,7 +107,7 @@ def check_parameters(path: Path, given: dict):
 def tidy(notebook: Path, findings: Findings | None = None) -> str:
     """Return an executed notebook without times, durations, random ids and this machine's paths; what the chapter
     found, if it says so, stands below its title."""
-    nb = json.loads(notebook.read_text(encoding='utf-8'))
+    nb = read_notebook(notebook)
     if findings: nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'findings', 'metadata': {'tags': ['findings']},
                                         'source': '## The answer\n\n' + findings.markdown(notebook.stem)})
     nb['metadata'].pop('papermill', None)
@@ -137,8 +137,14 @@ def chapter_digest(chapter: Chapter, book: list[Chapter], cfg: Config) -> str:
     "Return a digest of all that a chapter's output depends on."
     files = (*PACKAGE.glob('kit/*.py'), *(PACKAGE/f'{c.module}.py' for c in book if c.name <= chapter.name))
     sources = {p.stem: file_digest(p) for p in files if p.exists()}
-    values = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name != 'out'}
+    values = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name not in ('out', 'data_root')}
     return digest([file_digest(chapter.path), sources, values, content_of(cfg, values), versions()])
+
+
+def outputs(chapter: Chapter, cfg: Config) -> dict:  # file → SHA-256
+    "Return digests of what a chapter has written into a run: its executed copy, figures, tables, metrics."
+    files = cfg.folder/f'{chapter.name}.ipynb', *sorted((cfg.folder/chapter.name).rglob('*'))
+    return {str(p.relative_to(cfg.folder)): file_digest(p) for p in files if p.is_file()}
 
 
 def jobs(cfg: Config) -> int:
@@ -248,11 +254,19 @@ class Run:
         if before & {'failed', 'skipped'}:
             shutil.rmtree(self.cfg.folder/c.name, ignore_errors=True)
             return {'status': 'skipped'}
-        if 'done' not in before and stored.exists() and (self.cfg.folder/f'{c.name}.ipynb').exists():
-            if read_json(stored).get('digest') == chapter_digest(c, self.book, self.cfg): return {'status': 'current'}
+        if 'done' not in before and self.is_current(c, stored): return {'status': 'current'}
         record = job.run(max(1, cores() // (1 if c.alone else self.width)))
-        if record['status'] == 'done': write_json(stored, record | {'digest': chapter_digest(c, self.book, self.cfg)})
+        if record['status'] == 'done':
+            made = {'digest': chapter_digest(c, self.book, self.cfg), 'files': outputs(c, self.cfg)}
+            write_json(stored, record | made, sealed=True)
         return record
+
+    def is_current(self, chapter: Chapter, stored: Path) -> bool:
+        "Tell whether a chapter would come out the same, and all that it wrote is there as it was written."
+        try: record = read_json(stored)
+        except UserError: return False
+        return (record.get('digest') == chapter_digest(chapter, self.book, self.cfg)
+                and record.get('files') == outputs(chapter, self.cfg))
 
     def stop(self, patience: float = 20):  # seconds
         "End whatever still runs: each process is asked first, since it may have a checkpoint to write."
@@ -348,8 +362,8 @@ def _run_locked(run: Run, force: bool) -> int:
         _note(run)
     bad = [name for name, record in run.ended.items() if record['status'] in ('failed', 'skipped')]
     for name in bad: print(f'{name} {outcome(run.ended[name])}')
-    for file in (cfg.folder/'stages').glob('*/run.json') if cfg.keep else ():
-        if why := read_json(file)['kept']: print(f'Note: {file.parent.name} is kept, although {why}.')
+    for folder in (cfg.folder/'stages').iterdir() if cfg.keep else ():
+        if why := (record_of(folder) or {}).get('kept'): print(f'Note: {folder.name} is kept, although {why}.')
     page, spent = write_pages(cfg.folder, run.book), duration(time.time() - run.show.begin)
     print(f'{len(run.ended) - len(bad)} of {len(run.ended)} chapters in {spent}. Results: {short(cfg.folder)}. '
           f'Open {short(page)}')
@@ -359,9 +373,10 @@ def _run_locked(run: Run, force: bool) -> int:
 def _note(run: Run):
     "Record the times and memory of the chapters that have ended."
     file, new = run.cfg.folder/'book.json', {n: r for n, r in run.ended.items() if r['status'] != 'current'}
-    known = (read_json(file)['chapters'] if file.exists() else {}) | new
+    try: known = read_json(file)['chapters'] | new
+    except (UserError, LookupError, TypeError): known = new  # there is none, or it is damaged
     write_json(file, {'chapters': {c.name: known[c.name] for c in run.book if c.name in known}, 'jobs': run.width,
-                      'hardware': hardware(), 'versions': versions(), 'git': git_commit()})
+                      'hardware': hardware(), 'versions': versions(), 'git': git_commit()}, sealed=True)
 
 
 def short(path: Path) -> str:

@@ -4,9 +4,20 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from ..kit.config import PRESETS, preset, root
-from ..kit.files import read_json, replacing
+from ..kit.files import UserError, read_json, reason, replacing
 
 RECORD = 'outputs/record-quick'  # run of preset quick that is committed: the README's numbers are its
+
+
+def read_notebook(path: Path) -> dict:
+    "Read a notebook. Raise `UserError` if it is damaged."
+    try:
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        for cell in nb['cells']: cell['cell_type'], cell['metadata'].get('tags'), ''.join(cell['source'])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f'{path} is not a notebook, or damaged ({reason(e)}): run the chapter again, or take it from '
+                        'git if it is a source.') from None
+    return nb
 
 
 def write_pages(folder: Path, book: list) -> Path:  # run folder; chapters
@@ -16,7 +27,10 @@ def write_pages(folder: Path, book: list) -> Path:  # run folder; chapters
     for c in done:
         source, page = folder/f'{c.name}.ipynb', folder/'html'/f'{c.name}.html'
         if page.exists() and page.stat().st_mtime > source.stat().st_mtime: continue
-        body, _ = exporter.from_file(str(source), {'metadata': {'name': f'{c.title} · dinocls'}})
+        try: body, _ = exporter.from_file(str(source), {'metadata': {'name': f'{c.title} · dinocls'}})
+        except Exception as e:  # whatever a damaged one makes nbconvert raise
+            print(f'Note: {source} is damaged ({reason(e)}): run the chapter again.')
+            continue
         with replacing(page) as tmp: tmp.write_text(body, encoding='utf-8')
     items = '\n'.join(f'<li><a href="html/{c.name}.html">{c.title}</a><br><span>{c.claim}</span></li>' for c in done)
     contents = CONTENTS.format(run=folder.name, items=items)
@@ -51,7 +65,7 @@ def colab_cells(name: str) -> tuple[str, str]:
 
 def as_source(path: Path) -> str:
     "Return a notebook's text as it is committed: without outputs, its badge and installing cell up to date."
-    nb = json.loads(path.read_text(encoding='utf-8'))
+    nb = read_notebook(path)
     badge, install = colab_cells(path.stem)
     for cell in nb['cells']:
         source = ''.join(cell['source'])
@@ -63,7 +77,7 @@ def as_source(path: Path) -> str:
 
 def code_of(notebook: Path) -> list[str]:
     "Return a notebook's code cells, without the parameters that a run injects."
-    return [''.join(c['source']) for c in read_json(notebook)['cells']
+    return [''.join(c['source']) for c in read_notebook(notebook)['cells']
             if c['cell_type'] == 'code' and 'injected-parameters' not in c['metadata'].get('tags', ())]
 
 

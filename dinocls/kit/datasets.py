@@ -55,8 +55,9 @@ def archive(name: str) -> Published:  # cifar10, cifar100, stl10 or tiny-imagene
     "Return what is known of a dataset's archive."
     from torchvision.datasets import CIFAR10, CIFAR100, STL10
     if name == 'tiny-imagenet':
-        url = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip'
-        return Published('tiny-imagenet-200.zip', '90528d7ca1a48142e341f4ef8d21d0de', (url,), 'tiny-imagenet-200')
+        url = 'https://cs231n.stanford.edu/tiny-imagenet-200.zip'
+        sha256 = '6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821'
+        return Published('tiny-imagenet-200.zip', sha256, (url,), 'tiny-imagenet-200')
     kind = {'cifar10': CIFAR10, 'cifar100': CIFAR100, 'stl10': STL10}[name]
     used = {f: md5 for f, md5 in kind.train_list + kind.test_list if not f.startswith('unlabeled')}
     more = {kind.class_names_file: None} if name == 'stl10' else {kind.meta['filename']: kind.meta['md5']}

@@ -1,7 +1,6 @@
 "What comes from elsewhere, data sets, weights, published files: from several sources, checked, whole or not at all."
 import contextlib
 import errno
-import functools
 import hashlib
 import http.client
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .files import UserError, digest, file_digest, read_json, reason
+from .files import UserError, digest, known_digest, read_json, reason
 from .machine import progress
 
 
@@ -94,7 +93,7 @@ def _whole(folder: Path, known: tuple) -> tuple[Path, Published] | None:
 
 def _host(url: str) -> str:
     "Name what serves an address."
-    return urllib.parse.urlsplit(url).netloc or ('npm' if url.startswith('npm:') else 'the mirror')
+    return urllib.parse.urlsplit(url).netloc.rpartition('@')[2] or ('npm' if url.startswith('npm:') else 'the mirror')
 
 
 def _no_download(name: str, folder: Path, known: tuple, failed: dict, remedy: str) -> str:  # failed: address → why
@@ -130,8 +129,12 @@ def _attempt(url: str, part: Path, form: Published, slowest: float) -> str:
         if not before: return wrong  # else the part was of something else: once more, from the start
 
 
+LARGEST = 2**33  # bytes of a file, more than any that is published
+
+
 def _transfer(url: str, part: Path, slowest: float):  # bytes a second under which a host is given up after 20 s
     "Append to `part` what it lacks of the file at `url`. Raise `OSError` if the transfer ends early or is too slow."
+    if '@' in urllib.parse.urlsplit(url).netloc: raise OSError('an address with a user or password is not supported')
     have = part.stat().st_size if part.exists() else 0
     headers = {'User-Agent': 'dinocls'} | ({'Range': f'bytes={have}-'} if have else {})
     try: response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
@@ -142,11 +145,15 @@ def _transfer(url: str, part: Path, slowest: float):  # bytes a second under whi
         span, length = (response.headers.get(h) or '' for h in ('Content-Range', 'Content-Length'))
         if not (getattr(response, 'status', None) == 206 and span.startswith(f'bytes {have}-')): have = 0
         total = have + int(length) if length.isdigit() else 0
+        if max(total, have) > LARGEST: raise ValueError(f'what it sends is larger than {LARGEST >> 30} GB')
         copied, start, told = 0, time.monotonic(), 0
         with open(part, 'ab' if have else 'wb') as f:
             while block := response.read(2**17):
                 f.write(block)
                 copied, now = copied + len(block), time.monotonic() - start
+                if have + copied > LARGEST:
+                    part.unlink()
+                    raise ValueError(f'what it sends has no end within {LARGEST >> 30} GB')
                 if now - told > 0.5:
                     told, note = now, f'MB of {part.stem}, {copied / now / 2**20:.1f} MB/s'
                     progress('download', (have + copied) >> 20, total >> 20, note)
@@ -219,6 +226,15 @@ def _scratch(folder: Path):
 # --- weights: in the package, at a path, at an address, or on the hub, under timm's name `hub` ---
 
 OFFICIAL = 'https://dl.fbaipublicfiles.com/dinov2'  # where DINOv2's authors keep their files
+SHA256 = {  # of these files
+    'dinov2_vits14': 'b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9',
+    'dinov2_vitb14': '0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73',
+    'dinov2_vitl14': 'd5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428',
+    'dinov2_vitg14': 'baf8467e50af277596bbbafa06887c177ee899ab46033649c383577d7e9309d3',
+    'dinov2_vits14_reg': 'f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb',
+    'dinov2_vitb14_reg': '73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71',
+    'dinov2_vitl14_reg': '36e4deffbaef061a2576705b0c36f93621e2ae20bf6274694821b0b492551b51',
+    'dinov2_vitg14_reg': '746ecb8c6301c645c5c855be91687d274587d6e48fdaec4a729753160b34a283'}
 
 
 def shipped(backbone: str) -> Path:
@@ -240,13 +256,7 @@ def shipped_record(backbone: str) -> dict:
 def weights_digest(backbone: str, weights: str) -> str:
     "Return the SHA-256 of the file that a backbone starts from; empty if there is none, as for random or a hub's."
     file = Path(weights).expanduser() if weights else shipped(backbone)
-    if weights == 'random' or not file.is_file(): return ''
-    seen = file.stat()  # a large file is read once a process
-    return _digest_of(file, seen.st_mtime_ns, seen.st_size) if seen.st_size > 2**26 else file_digest(file)
-
-
-@functools.lru_cache
-def _digest_of(file: Path, mtime: int, size: int) -> str: return file_digest(file)
+    return known_digest(file) if weights != 'random' and file.is_file() else ''
 
 
 def remote(weights: str) -> bool:
@@ -261,8 +271,11 @@ def address(backbone: str, weights: str) -> tuple[str, str]:  # URL; SHA-256, or
             raise UserError(f'There is no open address of official weights of {backbone}: leave weights empty, '
                             'or give the path of a file.')
         plain = backbone.removesuffix('_reg')
-        return f'{OFFICIAL}/{plain}/{plain}{"_reg4" if plain != backbone else ""}_pretrain.pth', ''
+        return f'{OFFICIAL}/{plain}/{plain}{"_reg4" if plain != backbone else ""}_pretrain.pth', SHA256[backbone]
     kind = r'([^#]+/[^#/?]+\.(?:pth|pt|safetensors)(?:\?[^#]*)?)(?:#sha256=([0-9a-fA-F]{64}))?'
+    if '@' in urllib.parse.urlsplit(weights).netloc:
+        raise UserError(f'weights={weights} names a user in the address, which records would keep: fetch the file '
+                        'yourself, and give weights=<path to it>.')
     if not (found := re.fullmatch(kind, weights)):
         raise UserError(f'weights={weights!r} is not the address of a .pth or .safetensors file, '
                         'which may be followed by #sha256= and 64 hex digits.')
@@ -291,16 +304,26 @@ def weights_at_hand(backbone: str, weights: str = '', hub: str = '') -> Path | N
 
 def read_weights(path: Path) -> dict:
     "Read a state dict from .safetensors or a torch file. Raise `UserError` if it is unreadable or something else."
+    import argparse
     import torch
     from safetensors.torch import load_file
     try:
         if '.safetensors' in path.suffixes: state = load_file(path)
-        else: state = torch.load(path, map_location='cpu', weights_only=True)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # options that stand beside the weights
+                state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # whatever a damaged file makes the readers raise
         raise UserError(f'{path} cannot be read as a checkpoint ({reason(e)}): it is damaged, or not one.') from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f'{path} is not a checkpoint of weights: expected a dict of tensors.')
-    return state
+    while isinstance(state, dict) and (key := next((k for k in HELD_AS if isinstance(state.get(k), dict)), '')):
+        state = state[key]
+    if isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values()): return state
+    held = [k for k, v in state.items() if isinstance(v, dict) and any(isinstance(t, torch.Tensor) for t in v.values())
+            ] if isinstance(state, dict) else []
+    advice = f'; it holds some under {held[0]!r}: save that part alone' if held else ''
+    raise UserError(f'{path} is not a checkpoint of weights: expected a dict of tensors{advice}.')
+
+
+HELD_AS = 'teacher', 'state_dict_ema', 'model_ema', 'state_dict', 'model', 'student'  # in a checkpoint; averages first
 
 
 def weights_file(backbone: str, weights: str = '', hub: str = '') -> Path:  # as in the field `weights`, not 'random'

@@ -2,6 +2,7 @@
 import contextlib
 import difflib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -14,9 +15,16 @@ import numpy as np
 
 
 class UserError(Exception):
-    "A mistake that the user can mend, told in one sentence."
+    "A mistake that the user can mend, told in one sentence, which shows no password or token of an address."
+    def __init__(self, sentence=''): super().__init__(without_secrets(str(sentence)))
+
     def _render_traceback_(self):  # how IPython shows the exception
         return [f'{type(self).__name__}: {self}']
+
+
+def without_secrets(text: str) -> str:
+    "Hide user, password and query of each address in a text."
+    return re.sub(r'(\w+://)[^/@\s]*@', r'\1…@', re.sub(r'(\w+://[^\s?#]+\?)[^\s#;,)\'"]+', r'\1…', text))
 
 
 def nearest(word: str,  # what was given
@@ -44,6 +52,16 @@ def file_digest(path: Path) -> str:
     with open(path, 'rb') as f:
         while block := f.read(2**20): sha.update(block)
     return sha.hexdigest()
+
+
+def known_digest(path: Path) -> str:
+    "Return the SHA-256 of a file, which is read once a process while it stays as it is."
+    seen = os.stat(path)
+    return _known_digest(Path(path), seen.st_mtime_ns, seen.st_size, seen.st_ino)
+
+
+@functools.lru_cache(2**12)
+def _known_digest(path: Path, *seen) -> str: return file_digest(path)
 
 
 @contextlib.contextmanager
@@ -76,9 +94,15 @@ def as_os_error():
     except Exception as e: raise OSError(reason(e)) from None
 
 
-def write_json(path: Path, value):
+SEAL = 'sha256_of_the_rest'
+
+
+def write_json(path: Path, value,
+               sealed: bool = False):  # an object keeps a digest of itself, which `read_json` checks
     "Write a value as indented JSON, short lists and objects on one line; floats that are not finite become null."
-    text = json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False)
+    value = plain(value)
+    if sealed: value[SEAL] = digest(value)
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     def in_line(m):  # inside of a JSON string no line ends
         return m[1] + line + m[3] if len(line := re.sub(r'\n\s+', ' ', m[2])) < 300 else m[0]
     text = re.sub(r'([\[{])\n\s+([^\[\]{}]*?)\n\s*([\]}])', in_line, text)
@@ -86,11 +110,14 @@ def write_json(path: Path, value):
 
 
 def read_json(path: Path):
-    "Read a JSON file. Raise `UserError` if it is missing or damaged."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    "Read a JSON file. Raise `UserError` if it is missing, damaged, or sealed and changed since."
+    try: value = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise UserError(f'{path} is not there: run the chapter that writes it.') from None
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise UserError(f'{path} cannot be read ({reason(e)}): delete it and run again.') from None
+    if isinstance(value, dict) and value.pop(SEAL, None) not in (None, digest(value)):
+        raise UserError(f'{path} is damaged, or was changed by hand: delete it and run again.')
+    return value
 
 
 def plain(value):

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import shutil
 import sys
 import textwrap
@@ -21,7 +20,8 @@ import numpy as np
 
 from . import machine
 from .config import FIELDS, WHERE, Config, parse_overrides, preset
-from .files import UserError, as_os_error, digest, file_digest, locked, plain, read_json, replacing, write_json
+from .files import (
+    UserError, as_os_error, digest, known_digest, locked, plain, read_json, reason, replacing, write_json)
 
 RUN_FORMAT = 2  # layout of a run folder; raised when an older one could be misread
 STAGES = {}  # name → stage, filled as modules are imported
@@ -31,14 +31,18 @@ NOT_READ = {*WHERE, 'data_root'}  # data count by their content
 def open_run(cfg: Config) -> Path:
     "Return the run folder, made if need be. Raise `UserError` if it cannot be written, or is another run's."
     folder, wanted = cfg.folder, plain({f: getattr(cfg, f) for f in FIELDS if f not in WHERE})
-    foreign = folder.is_dir() and any(not p.name.startswith('.run-') for p in folder.iterdir())  # not one just written
-    if (folder/'run.json').exists():  # asked last, as another process may start the same run
-        _check_run(folder, read_json(folder/'run.json'), wanted)
+    there = [p for p in folder.iterdir() if not p.name.startswith('.run-')] if folder.is_dir() else []
+    if (folder/'run.json').exists():  # asked after `there`: another process may be opening it
+        try: record = read_json(folder/'run.json')
+        except UserError as e:
+            why = str(e).partition(': ')[0]
+            raise UserError(f'{why}: choose another folder with --out, or delete that one.') from None
+        _check_run(folder, record, wanted)
         return folder
-    if foreign:
+    if there:
         raise UserError(f'{folder} is not empty and not a run folder: choose a new or empty one with --out.')
     about = {'format': RUN_FORMAT, 'version': machine.version(), 'preset': cfg.preset, 'config': wanted}
-    write_json(folder/'run.json', about)
+    write_json(folder/'run.json', about, sealed=True)
     return folder
 
 
@@ -49,8 +53,8 @@ def _check_run(folder: Path, record: dict, wanted: dict):
         raise UserError(f'{folder} was written by another version of dinocls ({made}; this is {machine.version()}): '
                         'choose a new folder with --out.')
     had = plain(dataclasses.asdict(Config())) | (record.get('config') or {})  # a later field was at its default
-    other = [k for k in wanted if had[k] != wanted[k]]
-    if other: raise UserError(f'{folder} holds a run with {other[0]}={had[other[0]]!r}, this one has '
+    other = [k for k in wanted if k not in NOT_READ and had.get(k) != wanted[k]]
+    if other: raise UserError(f'{folder} holds a run with {other[0]}={had.get(other[0])!r}, this one has '
                               f'{other[0]}={wanted[other[0]]!r}: choose another folder with --out, or delete that one.')
 
 
@@ -68,10 +72,21 @@ class MissingPart(UserError, KeyError): "A stored result lacks a part, because a
 
 class Result(Mapping):
     "What a stage returned, read from its folder when asked for. Raise `MissingPart` for what is not in it."
-    def __init__(self, folder): self.folder, self.record = Path(folder), read_json(Path(folder)/'run.json')
+    def __init__(self, folder, record=None):
+        self.folder, self.record = Path(folder), record or read_json(Path(folder)/'run.json')
+
     def __iter__(self): return iter(self.record['parts'])
     def __len__(self): return len(self.record['parts'])
     def __repr__(self): return f'Result({self.folder.name}: {", ".join(self)})'
+
+    def damage(self) -> str:
+        "Say which file is not as it was written, or nothing. Each is read once a process."
+        for name, known in self.record['files'].items():
+            file = self.folder/name
+            try: same = file.stat().st_size == known['bytes'] and known_digest(file) == known['sha256']
+            except OSError as e: return f'{name} of {self.folder.name} cannot be read ({reason(e)})'
+            if not same: return f'{name} of {self.folder.name} is damaged'
+        return ''
 
     def __getitem__(self, name):
         kind = self.record['parts'].get(name)
@@ -230,11 +245,12 @@ class Stage:
     def find(self, cfg) -> tuple[Result | None, str]:
         "Return the stored result that holds for a configuration, or none, and what speaks against the nearest one."
         cfg, objection = getattr(cfg, '_cfg', cfg), ''
-        stored = filter(is_whole, (cfg.folder/'stages').glob(f'{self.name}-*'))
-        for folder in sorted(stored, key=lambda f: -(f/'run.json').stat().st_mtime_ns):  # the newest first
-            result = Result(folder)
+        for result in stored(cfg.folder, self.name):
             if any(plain(getattr(cfg, f, None)) != v for f, v in result.record['fields'].items()): continue
             why = self._objection(result.record, cfg)
+            if (not why or cfg.keep) and (damage := result.damage()):
+                objection = damage
+                continue
             if not why or cfg.keep: return (_marked(result, why) if why else result), why
             objection = f'{why} since {time.strftime("%Y-%m-%d %H:%M", time.localtime(result.record["started"]))}'
         return None, objection
@@ -247,8 +263,8 @@ class Stage:
         other = sorted(f for f in content if content[f] != record['content'].get(f))
         if other: return f'the content of {", ".join(other)} has changed'
         for name, known in record['after'].items():
-            before = cfg.folder/'stages'/name/'run.json'
-            if before.exists() and read_json(before)['digest'] != known: return f'{name} has been computed anew'
+            before = record_of(cfg.folder/'stages'/name)
+            if before and before['digest'] != known: return f'{name} has been computed anew'
         return ''
 
     def _result(self, cfg: Config) -> Result:
@@ -260,11 +276,17 @@ class Stage:
         if why: self._say(f'{self.name} is computed anew: {why}.')
         if not (cfg.folder/'run.json').exists(): open_run(cfg)
         partial, locks = self._places(cfg)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if machine.rank(): return self._assist(cfg, partial)
         with contextlib.ExitStack() as held:
-            for lock in locks: held.enter_context(locked(lock))
-            return self.find(cfg)[0] or self._compute(cfg, partial)
+            try:
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                for lock in () if machine.rank() else locks: held.enter_context(locked(lock))
+                found = None if machine.rank() else self.find(cfg)[0]
+                if not (found or machine.rank()): partial.mkdir(exist_ok=True)
+            except OSError as e:
+                raise UserError(f'{self.name} cannot be computed in {cfg.folder} ({reason(e)}): make it writable, or '
+                                'choose another folder with --out.') from None
+            if machine.rank(): return self._assist(cfg, partial)
+            return found or self._compute(cfg, partial)
 
     def _say(self, sentence: str):
         "Say something once per process."
@@ -275,8 +297,7 @@ class Stage:
         """Return where a result is made, which all fields and the code decide, and what locks it: this place, and, so
         that configurations with one result wait for each other, the fields that the stage read before."""
         fields = {f: plain(getattr(cfg, f)) for f in FIELDS if f not in WHERE}
-        before = next((read_json(f/'run.json')['fields'] for f in (cfg.folder/'stages').glob(f'{self.name}-*')
-                       if is_whole(f)), fields)
+        before = next((result.record['fields'] for result in stored(cfg.folder, self.name)), fields)
         made = digest([fields, code_digests(self), content_of(cfg, before)])[:12]
         likely = digest({f: fields[f] for f in before if f in fields})[:12]
         stages = cfg.folder/'stages'
@@ -285,12 +306,14 @@ class Stage:
 
     def _compute(self, cfg: Config, partial: Path) -> Result:
         "Compute in a folder of its own, and rename that when it is complete."
-        partial.mkdir(exist_ok=True)
+        for file in partial.glob('.*'): file.unlink(missing_ok=True)  # what a killed attempt was writing
         fields, after, start, clock = {}, {}, time.time(), time.perf_counter()
         machine.progress(self.name)
-        kinds = save_result(partial, self.fn(View(cfg, fields, after), partial))
-        for file in (*partial.glob('checkpoint*'), partial/'run.json'): file.unlink(missing_ok=True)
-        files = {p.name: {'bytes': p.stat().st_size, 'sha256': file_digest(p)} for p in sorted(partial.iterdir())}
+        kinds = _save(partial, self.fn(View(cfg, fields, after), partial))
+        kept = {'result.json', 'arrays.npz', *(f'{name}.safetensors' for name in kinds)}
+        for file in partial.iterdir():
+            if file.is_file() and file.name not in kept: file.unlink()
+        files = {p.name: {'bytes': p.stat().st_size, 'sha256': known_digest(p)} for p in sorted(partial.iterdir())}
         record = {'stage': self.name, 'fields': dict(sorted(fields.items())), 'content': content_of(cfg, fields),
                   'code': code_digests(self), 'after': after}
         key = digest(record)
@@ -299,7 +322,7 @@ class Stage:
                    'versions': machine.versions(), 'hardware': machine.hardware(),
                    'peak_memory_mb': machine.peak_memory(), 'started': round(start),
                    'seconds': round(time.perf_counter() - clock, 3), 'parts': kinds, 'files': files}
-        write_json(partial/'run.json', record)
+        write_json(partial/'run.json', record, sealed=True)
         done = cfg.folder/'stages'/f'{self.name}-{key[:12]}'
         shutil.rmtree(done, ignore_errors=True)
         partial.rename(done)
@@ -326,25 +349,49 @@ def content_of(cfg: Config, fields) -> dict:  # field → digest
     return {f: made for f in find if f in fields and (made := find[f]())}
 
 
-def is_whole(folder: Path) -> bool:
-    "Tell whether a stage's folder holds a complete result."
-    if folder.suffix: return False  # in the making, or a lock
-    try:
-        record = json.loads((folder/'run.json').read_text(encoding='utf-8'))
-        return {'fields', 'content', 'code', 'after'} <= record.keys() and all(
-            (folder/name).stat().st_size == known['bytes'] for name, known in record['files'].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return False  # missing, damaged, or older
+def record_of(folder: Path) -> dict | None:
+    "Return the record of a stage's result; none if it is in the making, damaged, or of an older version."
+    if folder.suffix: return None  # in the making, or a lock
+    try: record = read_json(folder/'run.json')
+    except UserError: return None
+    whole = isinstance(record, dict) and {'fields', 'content', 'code', 'after', 'files', 'parts'} <= record.keys()
+    return record if whole else None
+
+
+def stored(run: Path, name: str) -> list[Result]:
+    "Return the results of a stage in a run folder, the newest first; their files are not looked at."
+    found = [Result(f, record) for f in (run/'stages').glob(f'{name}-*') if (record := record_of(f))]
+    return sorted(found, key=lambda r: -(r.folder/'run.json').stat().st_mtime_ns)
+
+
+def read_result(folder: Path) -> Result:
+    "Return a stage's result from its folder. Raise `UserError` if it is not one, or damaged."
+    if not (record := record_of(folder)):
+        raise UserError(f'{folder} holds no whole result of a stage: run the chapter that makes it again.')
+    if damage := (result := Result(folder, record)).damage():
+        raise UserError(f'{damage}: run the chapter that makes it again.')
+    return result
+
+
+def _save(folder: Path, result: dict) -> dict:
+    "Save a result; where there is no space for it, checkpoints make room, the oldest first."
+    spare = sorted(folder.glob('checkpoint*'), key=lambda f: f.stat().st_mtime_ns)
+    while True:
+        try: return save_result(folder, result)
+        except UserError:
+            if not spare: raise
+            spare.pop(0).unlink()
 
 
 def _marked(result: Result, why: str) -> Result:
     "Write into a result's record that it was kept, and why."
-    if result.record['kept'] != why: write_json(result.folder/'run.json', result.record | {'kept': why})
+    if result.record['kept'] != why: write_json(result.folder/'run.json', result.record | {'kept': why}, sealed=True)
     return Result(result.folder)
 
 
 def _kept(cfg: Config, after: dict) -> str:
     "Say which of the results that were used were kept although they are stale, or nothing."
-    names = [name for name in after if Result(cfg.folder/'stages'/name).record['kept']]
+    names = [name for name in after if (record_of(cfg.folder/'stages'/name) or {}).get('kept')]
     return f'it rests on {", ".join(names)}, kept although stale' if names else ''
 
 

@@ -227,6 +227,29 @@ def test_a_second_run_finds_everything_current(tmp_path, in_process):
     assert '02_augment is current' in second.stdout and os.path.join('run', 'index.html') in second.stdout
 
 
+def test_a_chapter_whose_outputs_are_damaged_is_not_current(book):
+    chapter(book, '01_first', '1 + 1')
+    cfg, (first,) = preset('smoke', out=str(book/'run')), driver.chapters()
+    run, stored = driver.Run(cfg, [first]), driver.Job(first, cfg).file('chapters')
+    (cfg.folder/'01_first').mkdir()
+    for name in ('01_first.ipynb', '01_first/metrics.json'): (cfg.folder/name).write_text('[1]')
+    made = {'digest': driver.chapter_digest(first, run.book, cfg), 'files': driver.outputs(first, cfg)}
+    driver.write_json(stored, made, sealed=True)
+    assert run.is_current(first, stored)
+    for file in (cfg.folder/'01_first.ipynb', cfg.folder/'01_first'/'metrics.json', stored):
+        before = file.read_bytes()
+        file.write_bytes(before[:-2] + b'2]')
+        assert not run.is_current(first, stored)
+        file.write_bytes(before)
+    (cfg.folder/'book.json').write_text('{')
+    driver._note(run)
+    assert json.loads((cfg.folder/'book.json').read_text())['chapters'] == {}
+    from dinocls.app.site import write_pages
+    write_pages(cfg.folder, run.book)  # says that the copy is damaged
+    (first.path).write_text('<<<<<<< HEAD')
+    with pytest.raises(UserError, match='01_first.ipynb is not a notebook'): driver.chapters()
+
+
 def test_force_forgets_what_the_chosen_chapters_compute(tmp_path, monkeypatch):
     driver.stages()
     cfg = preset('smoke', out=str(tmp_path/'run'))

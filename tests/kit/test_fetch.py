@@ -213,6 +213,8 @@ def test_the_authors_file_is_found_in_the_cache_of_torch_hub(cache, monkeypatch)
     for name, file in (('dinov2_vits14', 'dinov2_vits14_pretrain.pth'),
                        ('dinov2_vitg14_reg', 'dinov2_vitg14_reg4_pretrain.pth')):
         (place/file).write_bytes(b'')
+        assert weights_at_hand(name, 'official') is None  # it is not what the authors published
+        monkeypatch.setitem(fetch.SHA256, name, sha256(b''))
         assert weights_file(name, 'official') == place/file
     monkeypatch.setattr(fetch, 'OFFICIAL', 'http://127.0.0.1:9')
     with pytest.raises(UserError, match='dinov2_vits14_reg4_pretrain.pth is not in .* could not be downloaded'):
@@ -249,3 +251,22 @@ def test_weights_at_hand(tmp_path):
     with pytest.raises(UserError, match='no checkpoint at none.pth'): weights_file('book-digits', 'none.pth')
     torch.save([1], tmp_path/'list.pth')
     with pytest.raises(UserError, match='expected a dict of tensors'): read_weights(tmp_path/'list.pth')
+
+
+def test_passwords_are_neither_printed_nor_kept(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='names a user') as e:
+        weights_file('book-digits', 'https://me:secret@host/a.pth')
+    assert 'secret' not in str(e.value)
+    known = Published('a', '0' * 32, ('http://me:secret@127.0.0.1:9/a', 'http://127.0.0.1:9/a?token=secret'))
+    with pytest.raises(UserError, match='could not be downloaded') as e: fetch.fetch('a', tmp_path, (known,))
+    assert 'secret' not in str(e.value)
+    assert 'secret' not in str(UserError('see ftp://x:secret@host/b and https://host/c?sig=secret.'))
+
+
+def test_a_body_without_an_end_does_not_fill_the_disk(tmp_path, monkeypatch, files_host):
+    url, files, _, _ = files_host
+    files['/a'] = b'0' * 3 * 2**20
+    monkeypatch.setattr(fetch, 'LARGEST', 2**20)
+    with pytest.raises(UserError, match='larger than'):
+        fetch.fetch('a', tmp_path, (Published('a', None, (f'{url}/a',)),))
+    assert not (tmp_path/'a.part').exists()

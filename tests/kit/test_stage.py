@@ -236,6 +236,66 @@ def test_workers_compute_what_one_process_would(tmp_path):
         run_stages(features, [variant(first, weights='nowhere.pth'), variant(first, train_size=101)], ['cpu', 'cpu'])
 
 
+def flip(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize('keep', [False, True])
+@pytest.mark.parametrize('name', ['arrays.npz', 'result.json', 'weights.safetensors', 'run.json'])
+def test_a_bit_that_flips_is_noticed(tmp_path, capsys, name, keep):
+    import torch
+    def three(cfg, folder): return {'a': np.arange(9), 'b': 12345, 'weights': {'w': torch.ones(9)}}
+    made, cfg = stage(three), preset('smoke', out=str(tmp_path/'run'), keep=keep)
+    STAGES.pop('three')
+    folder = made(cfg).folder
+    size = (folder/name).stat().st_size
+    for at in range(0, size, max(1, size // 20)):
+        flip(folder/name, at)
+        assert made.find(cfg)[0] is None or name == 'run.json'  # where spaces changed, nothing did
+        assert (made(cfg)['b'] == 12345 and made(cfg)['a'].tolist() == [*range(9)]
+                and made(cfg)['weights']['w'].sum() == 9)
+    if name != 'run.json':
+        assert f'three is computed anew: {name} of {folder.name} is damaged.' in capsys.readouterr().out
+
+
+def test_what_a_killed_attempt_was_writing_goes_and_checkpoints_make_room(cfg, monkeypatch):
+    def trains(cfg, folder):
+        assert not (folder/'..checkpoint-a-x1.pt').exists()
+        for name in ('checkpoint-a-1.pt', 'checkpoint-a-2.pt', '.checkpoint-a.pt'): (folder/name).write_bytes(b'0')
+        return {'seed': cfg.seed}
+    made = stage(trains)
+    STAGES.pop('trains')
+    made.partial(cfg).mkdir(parents=True)
+    (made.partial(cfg)/'..checkpoint-a-x1.pt').touch()
+    save, tried = stages.save_result, []
+    def full(folder, result):
+        tried.append(sorted(p.name for p in folder.glob('checkpoint*')))
+        if tried[-1]: raise UserError('No space left')
+        return save(folder, result)
+    monkeypatch.setattr(stages, 'save_result', full)
+    write_json(cfg.folder/'run.json', {'format': 2, 'config': {}})
+    result = made(cfg)
+    assert [len(t) for t in tried] == [2, 1, 0] and {p.name for p in result.folder.iterdir()} == {
+        'arrays.npz', 'result.json', 'run.json'}
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_sentence(cfg, monkeypatch):
+    def refuse(*_, **__): raise OSError(30, 'Read-only file system')
+    open_run(cfg)
+    monkeypatch.setattr('filelock.FileLock.acquire', refuse)
+    with pytest.raises(UserError, match='squares cannot be computed in .*Read-only file system.* --out'): squares(cfg)
+
+
+def test_data_may_lie_elsewhere(tmp_path):
+    open_run(preset('smoke', out=str(tmp_path/'run'), data_root='here'))
+    open_run(preset('smoke', out=str(tmp_path/'run'), data_root='there'))
+    flip(tmp_path/'run'/'run.json', 40)
+    with pytest.raises(UserError, match='choose another folder with --out'):
+        open_run(preset('smoke', out=tmp_path/'run'))
+
+
 @pytest.mark.slow
 def test_many_may_start_one_run_at_once(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
