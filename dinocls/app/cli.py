@@ -1,6 +1,7 @@
 "The command `dinocls`."
 import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -98,11 +99,11 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
 @app.command()
 def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None):
     "Fetch the data and the weights that a preset needs."
-    from ..kit.datasets import load_dataset
+    from ..kit.datasets import loaded
     from ..kit.fetch import weights_at_hand
     from ..model import BACKBONES, backbone
     cfg = settings(preset, config, set, None)
-    data = load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken)
+    data = loaded(cfg)
     print(f'{_data_at_hand(cfg)}: {len(data.images):,} images.')
     backbone(cfg.backbone, cfg.image_size, cfg.weights or None)
     file = weights_at_hand(cfg.backbone, cfg.weights, BACKBONES[cfg.backbone].timm)
@@ -142,11 +143,10 @@ def find_pictures(paths: list[str]) -> list:  # Path, or bytes of what came in
     from ..kit.pictures import pictures
     found = []
     for text in paths:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if text == '-': found.append(sys.stdin.buffer.read())
         elif path.is_dir():
-            folders = (path, *sorted(p for p in path.rglob('*') if p.is_dir()))
-            inside = [file for folder in folders for file in pictures(folder)]
+            inside = pictures(path)
             if not inside: raise UserError(f'{text} is a folder without pictures: give one that holds some.')
             found += inside
         elif path.exists(): found.append(path)
@@ -204,7 +204,7 @@ def predict(paths: Annotated[list[str], typer.Argument(
     for start in range(0, len(items), 256):
         for name, found in zip(names[start:], served.predict_batch(items[start:start + 256], on_error='return')):
             failed |= 'error' in found
-            if as_json: print(json.dumps({'path': name, **found}, ensure_ascii=False))
+            if as_json: print(json.dumps({'path': name, **found}))
             elif 'error' in found:
                 print(f'{name}: {re.sub(r"^Cannot use images.*?: ", "", found["error"])}', file=sys.stderr)
             else: print(answer_line(name, found, top), flush=True)
@@ -335,6 +335,7 @@ def sync(check: Annotated[bool, Option(
 
 def main():
     "Run the command line."
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='backslashreplace')  # ASCII, cp1252
     try: app()
     except UserError as e:
         print(f'dinocls: {e}', file=sys.stderr)

@@ -48,7 +48,7 @@ def _check_run(folder: Path, record: dict, wanted: dict):
         raise UserError(f'{folder} was written by another version of dinocls ({made}; this is {machine.version()}): '
                         'choose a new folder with --out.')
     had = plain(dataclasses.asdict(Config())) | (record.get('config') or {})  # a later field was at its default
-    other = [k for k in wanted if had[k] != wanted[k]]
+    other = [k for k in wanted if had[k] != wanted[k] and k not in NOT_READ]
     if other: raise UserError(f'{folder} holds a run with {other[0]}={had[other[0]]!r}, this one has '
                               f'{other[0]}={wanted[other[0]]!r}: choose another folder with --out, or delete that one.')
 
