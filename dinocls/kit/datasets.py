@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import pickle
 import tarfile
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .fetch import Published, data_folder, fetch, intact, unpack
-from .files import UserError, digest, nearest, reason
+from .files import UserError, digest, expand, nearest, reason
 from .pictures import decoded, is_by_product, pictures, printable
 
 
@@ -252,13 +251,13 @@ SPELLINGS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation
 def _folders(place: Path, passed_over: list) -> dict:  # name → folders, several where names differ in their code alone
     "Return the folders in a folder by their names, and note all else that is there."
     found = {}
-    try: inside = sorted(os.scandir(place), key=lambda e: e.name)
+    try: inside = sorted(place.iterdir())
     except OSError as e: raise UserError(f'The folder {place} cannot be read ({reason(e)}): give another.') from None
     for entry in inside:
         if entry.name.startswith('.'): continue
         counts = entry.is_dir() and not is_by_product(entry.name)
-        if counts: found.setdefault(printable(entry.name), []).append(Path(entry))
-        elif entry.is_dir() or not is_by_product(entry.name): passed_over.append(Path(entry))
+        if counts: found.setdefault(printable(entry.name), []).append(entry)
+        elif entry.is_dir() or not is_by_product(entry.name): passed_over.append(entry)
     return dict(sorted(found.items()))
 
 
@@ -281,7 +280,7 @@ def _imagefolder(root, on_broken, side) -> Dataset:
     if not root:
         raise UserError('The dataset imagefolder needs data_root: the folder that holds train/<class>/… and '
                         'test/<class>/….')
-    root, passed_over = Path(os.path.expanduser(root)), []
+    root, passed_over = expand(root), []
     found = {part: (place, _folders(place, passed_over)) for part, place in _parts(root).items()}
     train, folders = found['train']
     classes = [*folders]

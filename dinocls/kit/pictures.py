@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from filelock import FileLock
 
 from .fetch import data_folder
-from .files import UserError, digest, file_digest, read_json, reason, replacing, write_json
+from .files import UserError, digest, expand, file_digest, locked, read_json, reason, replacing, write_json
 from .machine import cores, progress
 
 
@@ -62,10 +61,10 @@ FORMATS = 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP'  # no E
 
 def _open(path):
     "Open a file to be read; `~` is the user's folder. Raise `ValueError` if it is something else or not there."
-    path = os.path.expanduser(path)
-    if os.path.isdir(path): raise ValueError('it is a folder, not a file')
-    try: kind = os.stat(path).st_mode
-    except FileNotFoundError as e: raise FileNotFoundError(e.errno, 'there is no such file', path) from None
+    path = expand(path)
+    if path.is_dir(): raise ValueError('it is a folder, not a file')
+    try: kind = path.stat().st_mode
+    except FileNotFoundError as e: raise FileNotFoundError(e.errno, 'there is no such file', str(path)) from None
     if not stat.S_ISREG(kind): raise ValueError('there is no such file')  # a device, which might never end
     return open(path, 'rb')
 
@@ -82,10 +81,10 @@ def decode(source):  # path or bytes
                              f'it is not a picture in one of the formats {", ".join(FORMATS)}') from None
 
 
-def fit(picture, size: tuple):  # (width, height)
+def fit_to(picture, size: tuple):  # (width, height)
     "Crop a picture in its middle to the shape of `size`, and scale it to that."
     from PIL import Image, ImageOps
-    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
+    return picture if picture.size == size else ImageOps.fit_to(picture, size, Image.Resampling.BICUBIC)
 
 
 SUFFIXES = {'', *('.apng .bmp .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pgm .png .pnm .ppm '
@@ -147,7 +146,7 @@ def _fill(files: list, size: tuple | None, images: np.ndarray) -> dict:  # index
                 picture = decode(files[i])
                 if size and picture.size != size: raise _Mixed
                 if picture.bits_used: bits[i] = picture.bits_used
-                images[i] = fit(picture, images.shape[2:0:-1])
+                images[i] = fit_to(picture, images.shape[2:0:-1])
             except _Mixed: raise
             except Exception as e:  # a decoder raises almost anything over a damaged file
                 if isinstance(e, MemoryError) or getattr(e, 'errno', None): raise _not_now(files[i], e) from None
@@ -155,13 +154,16 @@ def _fill(files: list, size: tuple | None, images: np.ndarray) -> dict:  # index
         return [group.stop]
     for done in _in_groups(fill, files): progress('decode', done, len(files), 'images')
     if bits and (used := max(bits.values())) <= 14:
-        raise UserError(f'The pictures of 16 bits a channel, as {printable(files[min(bits)])}, leave {16 - used} of '
+        raise Unreadable(f'The pictures of 16 bits a channel, as {printable(files[min(bits)])}, leave {16 - used} of '
                         f'them unused and would be dark: multiply all values by {2 ** (16 - used)}, or save 8 bits.')
     return dict(sorted(broken.items()))
 
 
-def _not_now(file: Path, error: Exception) -> UserError:
-    return UserError(f'{printable(file)} could not be read ({reason(error)}), which need not be the picture\'s fault: '
+class Unreadable(UserError): "Pictures that can't be used, wherever they would be kept."
+
+
+def _not_now(file: Path, error: Exception) -> Unreadable:
+    return Unreadable(f'{printable(file)} could not be read ({reason(error)}), which need not be the picture\'s fault: '
                      'make it readable, and try again.')
 
 
@@ -216,14 +218,12 @@ def decoded(root: Path, files: list,
     if found := _open_cache(file): return found
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix('.lock')): return _open_cache(file) or _write_cache(file, files, side)
-    except (OSError, _NoCache) as e:
+        with locked(file.with_suffix('.lock')): return _open_cache(file) or _write_cache(file, files, side)
+    except Unreadable: raise
+    except (OSError, UserError) as e:
         print(f'Note: decoded images cannot be kept in {file.parent} ({reason(e)}), so they are decoded again each '
               'time; DINOCLS_DATA names another folder.')
         return in_memory()
-
-
-class _NoCache(Exception): "Decoded images cannot be written."
 
 
 def _stamp(file: Path) -> list:
@@ -247,7 +247,7 @@ def _write_cache(file: Path, files: list, side: int) -> tuple:
     "Decode files into an array on disk, whole or not at all, and delete what was decoded of the folder before."
     shape, broken = (), {}
     def make(wanted):  # on a full disk the process would be ended later, in the middle of writing
-        if shutil.disk_usage(file.parent).free < 1.1 * np.prod(wanted, dtype=float): raise _NoCache('No space left')
+        if shutil.disk_usage(file.parent).free < 1.1 * np.prod(wanted, dtype=float): raise OSError('No space left')
         return np.memmap(tmp, np.uint8, 'w+', shape=wanted)
     with replacing(file) as tmp:
         images, broken = _decode_into(files, side, make)
@@ -294,7 +294,7 @@ def to_pixels(item,  # path, bytes, Pillow image, array or tensor
         if 0 < (bits := getattr(image, 'bits_used', 0)) <= 12:
             raise ValueError(f'of 16 bits a channel it uses {bits} and would be nearly black: multiply its values by '
                              f'{2 ** (16 - bits)}, or save it with 8 bits')
-        return np.asarray(fit(image, (native[1], native[0])))
+        return np.asarray(fit_to(image, (native[1], native[0])))
     except Exception as e:  # a decoder raises almost anything over a damaged file
         raise UserError(f'Cannot use {name}: {reason(e)}.') from None
 
