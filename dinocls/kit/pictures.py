@@ -84,7 +84,7 @@ def decode(source):  # path or bytes
 def fit_to(picture, size: tuple):  # (width, height)
     "Crop a picture in its middle to the shape of `size`, and scale it to that."
     from PIL import Image, ImageOps
-    return picture if picture.size == size else ImageOps.fit_to(picture, size, Image.Resampling.BICUBIC)
+    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
 
 
 SUFFIXES = {'', *('.apng .bmp .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pgm .png .pnm .ppm '
@@ -142,15 +142,14 @@ def _fill(files: list, size: tuple | None, images: np.ndarray) -> dict:  # index
     broken, bits = {}, {}
     def fill(group):
         for i in group:
-            try:
-                picture = decode(files[i])
-                if size and picture.size != size: raise _Mixed
-                if picture.bits_used: bits[i] = picture.bits_used
-                images[i] = fit_to(picture, images.shape[2:0:-1])
-            except _Mixed: raise
+            try: picture = decode(files[i])
             except Exception as e:  # a decoder raises almost anything over a damaged file
                 if isinstance(e, MemoryError) or getattr(e, 'errno', None): raise _not_now(files[i], e) from None
                 broken[i] = reason(e)
+                continue
+            if size and picture.size != size: raise _Mixed
+            if picture.bits_used: bits[i] = picture.bits_used
+            images[i] = fit_to(picture, images.shape[2:0:-1])
         return [group.stop]
     for done in _in_groups(fill, files): progress('decode', done, len(files), 'images')
     if bits and (used := max(bits.values())) <= 14:
