@@ -32,7 +32,7 @@ from .augment import MEAN, STD, preprocess
 from .data import load_split, prefetch, splits
 from .kit import config
 from .kit.config import Config, choices
-from .kit.datasets import load_dataset
+from .kit.datasets import loaded
 from .kit.engines import Subject, candidates, fastest, measure_sizes, processor, scaled, start_backend
 from .kit.files import UserError, digest, file_digest, plain, reason, write_json
 from .kit.machine import cores, progress, version, versions
@@ -197,7 +197,7 @@ def save_production(folder,  # made, or replaced if it holds an older model
                     examples: dict | None = None) -> Path:  # images uint8 (n, 3, h, w), labels, logits (n, classes)
     "Write a model as a production folder, whole or not at all. Raise `UserError` if `cfg` or `classes` do not fit."
     folder = Path(folder).expanduser().absolute()
-    native = native or load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken).images.shape[1:3]
+    native = native or loaded(cfg).images.shape[1:3]
     about = check_description(description(cfg, classes, metrics, native, source, calibration), 'The description')
     state = {k: t.detach().cpu().contiguous() for k, t in model.state_dict().items()}
     rebuild(about, state, 'The model to save')
@@ -264,7 +264,7 @@ def load_trained(path: Path) -> tuple[dict, Classifier]:
                         'the folder of a stage, or a checkpoint.') from None
     if not any(k.startswith('backbone.') for k in state):
         raise UserError(f'{path} holds only a head, as phase 1 keeps it: give a model of phase 2.')
-    data = load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken)
+    data = loaded(cfg)
     about = check_description(description(cfg, data.classes, {}, data.images.shape[1:3]), str(path))
     return about, rebuild(about, state, str(path))
 

@@ -33,7 +33,7 @@ def published(classes: int, train: int, test: int) -> Dataset:
 def load(monkeypatch):
     "Let the stages load a given set in place of a configured one."
     def put(whole):
-        monkeypatch.setitem(datasets.LOADERS, 'imagefolder', lambda root, on_broken: whole)
+        monkeypatch.setitem(datasets.LOADERS, 'imagefolder', lambda *_: whole)
         datasets._loaded.cache_clear()
     yield put
     datasets._loaded.cache_clear()

@@ -100,11 +100,11 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
 @app.command()
 def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None):
     "Fetch the data and the weights that a preset needs."
-    from ..kit.datasets import load_dataset
+    from ..kit.datasets import loaded
     from ..kit.fetch import weights_at_hand
     from ..model import BACKBONES, backbone
     cfg = settings(preset, config, set, None)
-    data = load_dataset(cfg.dataset, cfg.data_root, cfg.on_broken)
+    data = loaded(cfg)
     print(f'{_data_at_hand(cfg)}: {len(data.images):,} images.')
     backbone(cfg.backbone, cfg.image_size, cfg.weights or None)
     file = weights_at_hand(cfg.backbone, cfg.weights, BACKBONES[cfg.backbone].timm)
@@ -149,8 +149,7 @@ def find_pictures(paths: list[str]) -> list:  # Path, or bytes of what came in
         path = expand(text)
         if text == '-': found.append(sys.stdin.buffer.read())
         elif path.is_dir():
-            folders = (path, *sorted(p for p in path.rglob('*') if p.is_dir()))
-            inside = [f for folder in folders for f in pictures(folder) if f.suffix.lower() in Image.EXTENSION]
+            inside = [f for f in pictures(path) if f.suffix.lower() in Image.EXTENSION]
             if not inside: raise UserError(f'{text} is a folder without pictures: give one that holds some.')
             found += inside
         elif path.exists(): found.append(path)
@@ -208,7 +207,7 @@ def predict(paths: Annotated[list[str], typer.Argument(
     for start in range(0, len(items), 256):
         for name, found in zip(names[start:], served.predict_batch(items[start:start + 256], on_error='return')):
             failed |= 'error' in found
-            if as_json: print(json.dumps({'path': name, **found}, ensure_ascii=False))
+            if as_json: print(json.dumps({'path': name, **found}))
             elif 'error' in found:
                 print(f'{name}: {re.sub(r"^Cannot use images.*?: ", "", found["error"])}', file=sys.stderr)
             else: print(answer_line(name, found, top), flush=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from .fetch import Published, data_folder, fetch, intact, unpack
-from .files import UserError, nearest, reason
-from .pictures import decoded, pictures
+from .files import UserError, digest, expand, nearest, reason
+from .pictures import decoded, is_by_product, pictures, printable
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,20 @@ class Dataset:
     images: np.ndarray  # uint8 (n, height, width, 3); memory-mapped where they come from the decoded cache
     labels: np.ndarray  # int64 (n,)
     classes: list  # names, indexed by label
-    splits: dict  # part → indices; 'test' is missing where the publisher made none
+    splits: dict  # part → indices; 'val' and 'test' are missing where the publisher made none
     files: tuple = ()  # the file of each image, where each has its own
     skipped: tuple = ()  # files that could not be read, with on_broken=skip
+    pixels: str = ''  # SHA-256 of all that was decoded, where it is known
 
     @functools.cached_property
     def fingerprint(self) -> str:
         "SHA-256 of images and labels."
-        h = hashlib.sha256(np.ascontiguousarray(self.images))
+        h = hashlib.sha256(self.pixels.encode() or np.ascontiguousarray(self.images))
         h.update(np.ascontiguousarray(self.labels))
         return h.hexdigest()
 
 
-def _digits(root, on_broken) -> Dataset:
+def _digits(root, on_broken, side) -> Dataset:
     "Load scikit-learn's digits, enlarged to 32×32."
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -202,7 +203,7 @@ def _cifar(name: str, root) -> Dataset:
     return found
 
 
-def _stl10(root, on_broken) -> Dataset:
+def _stl10(root, on_broken, side) -> Dataset:
     "Load the labelled parts of STL-10. The bytes run down the columns; labels count from 1."
     folder, _ = _unpacked('stl10', root)
     with _files_of('stl10', folder):
@@ -212,20 +213,25 @@ def _stl10(root, on_broken) -> Dataset:
         return _of_parts('stl10', np.ascontiguousarray(images), [part.astype(np.int64) - 1 for part in y], classes)
 
 
-def _from_files(name: str, root: Path, parts: dict, classes: list, on_broken: str) -> Dataset:  # part → [(file, label)]
+def _from_files(name: str, root: Path, parts: dict, classes: list, on_broken: str,  # part → [(file, label)]
+                side: int) -> Dataset:
     "Make a dataset of files. Raise `UserError` with the names of broken ones, unless they are to be skipped."
+    lost = sorted({*range(len(classes))} - {label for _, label in parts['train']})
+    if lost:
+        raise UserError(f'{root} has no picture of the class {classes[lost[0]]!r} to learn from: put some there, or '
+                        'remove its folders.')
     listed = [pair for part in parts.values() for pair in part]
-    images, broken = decoded(root, [f for f, _ in listed])
-    names = [f.relative_to(root).as_posix() for f, _ in listed]
-    if broken and (on_broken == 'raise' or broken.keys() >= set(range(len(parts['train'])))):
-        raise UserError(_broken(root, names, broken))
+    images, broken, pixels = decoded(root, [f for f, _ in listed], side)
+    names = [printable(f.relative_to(root).as_posix()) for f, _ in listed]
+    whole = {label for i, (_, label) in enumerate(parts['train']) if i not in broken}  # it is listed first
+    if broken and (on_broken == 'raise' or len(whole) < len(classes)): raise UserError(_broken(root, names, broken))
     if broken: print(f'Note: {len(broken)} of {len(listed)} files in {root} cannot be read and are left out.')
     kept = np.array([i for i in range(len(listed)) if i not in broken])
     part_of = np.repeat(list(parts), [len(p) for p in parts.values()])[kept]
     labels = np.array([label for _, label in listed], np.int64)[kept]
     splits = {p: np.flatnonzero(part_of == p) for p in parts if (part_of == p).any()}
     return Dataset(name, images[kept] if broken else images, labels, classes, splits,
-                   tuple(names[i] for i in kept), tuple(names[i] for i in broken))
+                   tuple(names[i] for i in kept), tuple(names[i] for i in broken), pixels)
 
 
 def _broken(root: Path, names: list, broken: dict) -> str:
@@ -240,26 +246,62 @@ def _broken(root: Path, names: list, broken: dict) -> str:
             'repair or remove them, or leave them out with --set on_broken=skip.')
 
 
-def _imagefolder(root, on_broken) -> Dataset:
-    "Load `root/train/<class>/*` and, if there is one, `root/test/<class>/*`."
+SPELLINGS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'), 'test': ('test', 'testing')}
+
+
+def _folders(place: Path, passed_over: list) -> dict:  # name → folders, several where names differ in their code alone
+    "Return the folders in a folder by their names, and note all else that is there."
+    found = {}
+    try: inside = sorted(place.iterdir())
+    except OSError as e: raise UserError(f'The folder {place} cannot be read ({reason(e)}): give another.') from None
+    for entry in inside:
+        if entry.name.startswith('.'): continue
+        counts = entry.is_dir() and not is_by_product(entry.name)
+        if counts: found.setdefault(printable(entry.name), []).append(entry)
+        elif entry.is_dir() or not is_by_product(entry.name): passed_over.append(entry)
+    return dict(sorted(found.items()))
+
+
+def _parts(root: Path) -> dict:  # part → folder
+    "Return the folders of the parts, however spelled. Raise `UserError` if train is missing, or one is there twice."
+    there, found = _folders(root, []), {}
+    for part, spellings in SPELLINGS.items():
+        meant = [f for name, folders in there.items() if name.lower() in spellings for f in folders]
+        if len(meant) > 1:
+            raise UserError(f'{root} has {meant[0].name} and {meant[1].name}: which is {part}? Remove the other.')
+        found |= {part: f for f in meant}
+    if 'train' in found: return found
+    some = ', '.join(list(there)[:10]) or 'no folders'
+    raise UserError(f'{root} has no folder train, but {some}{", …" if len(there) > 10 else ""}: expected '
+                    f'{root}/train/<class>/<image>.')
+
+
+def _imagefolder(root, on_broken, side) -> Dataset:
+    "Load `root/train/<class>/**` and, if they are there, `root/val/<class>/**` and `root/test/<class>/**`."
     if not root:
         raise UserError('The dataset imagefolder needs data_root: the folder that holds train/<class>/… and '
                         'test/<class>/….')
-    root = Path(root).expanduser()
-    classes, tested = (sorted(p.name for p in (root/part).glob('*') if p.is_dir() and not p.name.startswith('.'))
-                       for part in ('train', 'test'))
-    if not classes:
-        raise UserError(f'{root/"train"} has no folders of classes: expected {root}/train/<class>/<image>.')
-    if extra := sorted(set(tested) - set(classes)):
-        raise UserError(f'{root/"test"} has the class {extra[0]!r}, which {root/"train"} has not: '
-                        f'{nearest(extra[0], classes)}')
-    parts = {part: [(f, i) for i, c in enumerate(classes) for f in pictures(root/part/c)] for part in ('train', 'test')}
+    root, passed_over = expand(root), []
+    found = {part: (place, _folders(place, passed_over)) for part, place in _parts(root).items()}
+    train, folders = found['train']
+    classes = [*folders]
+    if not classes: raise UserError(f'{train} has no folders of classes: expected {train}/<class>/<image>.')
+    for place, there in found.values():
+        if extra := sorted(there.keys() - folders.keys()):
+            raise UserError(f'{place} has the class {extra[0]!r}, which {train} has not: {nearest(extra[0], classes)}')
+    parts = {part: [(f, i) for i, c in enumerate(classes) for folder in there.get(c, ())
+                    for f in pictures(folder, passed_over)] for part, (_, there) in found.items()}
     if not parts['train']:
-        raise UserError(f'{root} holds no images to learn from: expected {root}/train/<class>/<image>.')
-    return _from_files('imagefolder', root, parts, classes, on_broken)
+        raise UserError(f'{root} holds no images to learn from: expected {train}/<class>/<image>.')
+    if len(classes) < 2:
+        raise UserError(f'{train} has the one class {classes[0]!r}: there is nothing to tell apart; give two or more.')
+    if passed_over:
+        some = ', '.join(printable(f.relative_to(root)) for f in passed_over[:5]) + ', …' * (len(passed_over) > 5)
+        print(f'Note: {len(passed_over)} entries in {root}, of no class or no pictures, are passed over: {some}')
+    return _from_files('imagefolder', root, parts, classes, on_broken, side)
 
 
-def _tiny_imagenet(root, on_broken) -> Dataset:
+def _tiny_imagenet(root, on_broken, side) -> Dataset:
     "Load Tiny ImageNet: its training part, and its validation part as test, whose own labels are secret."
     folder, _ = _unpacked('tiny-imagenet', root)
     with _files_of('tiny-imagenet', folder):
@@ -274,36 +316,40 @@ def _tiny_imagenet(root, on_broken) -> Dataset:
         if lost or not parts['train']: raise ValueError(f'{lost or folder/"train"} is missing')
     short = [words.get(w, w).split(',')[0] for w in ids]
     classes = [n if short.count(n) == 1 else f'{n} ({w})' for n, w in zip(short, ids)]  # two kinds of crane
-    return _from_files('tiny-imagenet', folder, parts, classes, on_broken)
+    return _from_files('tiny-imagenet', folder, parts, classes, on_broken, side)
 
 
 LOADERS = {'digits': _digits, 'stl10': _stl10, 'tiny-imagenet': _tiny_imagenet, 'imagefolder': _imagefolder,
-           **{name: lambda root, _, name=name: _cifar(name, root) for name in ('cifar10', 'cifar100')}}
+           **{name: lambda root, *_, name=name: _cifar(name, root) for name in ('cifar10', 'cifar100')}}
 
 
 def load_dataset(name: str,  # digits, cifar10, cifar100, stl10, tiny-imagenet or imagefolder
                  root: str | None = None,  # folder of the data
-                 on_broken: str = 'raise') -> Dataset:  # image files that cannot be read: raise or skip
+                 on_broken: str = 'raise',  # image files that cannot be read: raise or skip
+                 side: int = 0) -> Dataset:  # pixels that larger pictures' shorter side is shrunk to; 0: none is
     "Load a dataset. Raise `UserError` if it is unknown, damaged, or neither at hand nor to be had."
     if name not in LOADERS: raise UserError(f'Unknown dataset {name!r}: {nearest(name, LOADERS)}')
     if on_broken not in (known := ('raise', 'skip')):
         raise UserError(f'Unknown on_broken {on_broken!r}: {nearest(on_broken, known)}')
-    return LOADERS[name](root or '', on_broken)
+    return LOADERS[name](root or '', on_broken, side)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(name: str, root: str, on_broken: str) -> Dataset: return load_dataset(name, root, on_broken)
+def _loaded(*asked) -> Dataset: return load_dataset(*asked)
 
 
 def loaded(cfg) -> Dataset:
-    "Return the configured dataset, loaded once for all that this process asks of it."
-    return _loaded(cfg.dataset, cfg.data_root, cfg.on_broken)
+    "Return the configured dataset, loaded once for all that this process asks of it; photographs near `image_size`."
+    side = cfg.image_size if cfg.dataset == 'imagefolder' else 0
+    return _loaded(cfg.dataset, cfg.data_root, cfg.on_broken, side)
 
 
 def fingerprint_at_hand(cfg) -> str:
-    "Return the fingerprint of the configured dataset; empty where it is not at hand or not sound. Nothing is fetched."
+    "Return a digest of all of the configured dataset; empty where it is not at hand or not sound. Nothing is fetched."
     if cfg.dataset not in ('digits', 'imagefolder') and not at_hand(cfg.dataset, cfg.data_root): return ''
-    with contextlib.suppress(UserError): return loaded(cfg).fingerprint
+    with contextlib.suppress(UserError):
+        data = loaded(cfg)
+        return digest([data.fingerprint, data.classes, {part: index.tolist() for part, index in data.splits.items()}])
     return ''
 
 

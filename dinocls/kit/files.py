@@ -106,7 +106,7 @@ def write_json(path: Path, value,
     def in_line(m):  # inside of a JSON string no line ends
         return m[1] + line + m[3] if len(line := re.sub(r'\n\s+', ' ', m[2])) < 300 else m[0]
     text = re.sub(r'([\[{])\n\s+([^\[\]{}]*?)\n\s*([\]}])', in_line, text)
-    with replacing(path) as tmp: tmp.write_text(text + '\n', encoding='utf-8')
+    with replacing(path) as tmp: tmp.write_text(text + '\n', 'utf-8', 'backslashreplace')  # names that are no UTF-8
 
 
 def read_json(path: Path):

@@ -1,60 +1,127 @@
 "Pictures as a camera meant them: decoded by Pillow, upright, RGB; folders of them decoded once."
 import contextlib
+import hashlib
 import io
+import json
 import os
 import shutil
+import stat
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from .fetch import data_folder
-from .files import UserError, digest, expand, locked, read_json, reason, replacing, write_json
+from .files import UserError, digest, expand, file_digest, locked, read_json, reason, replacing, write_json
 from .machine import cores, progress
 
 
 MAX_PIXELS = 89_478_485  # Pillow's limit: a quarter of a GiB as RGB
 
 
+BACKGROUND = 255, 255, 255  # white: what lies behind transparent pixels, in training and for predictions alike
+TURNS = dict(zip(range(2, 9), ('FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_270',
+                               'TRANSVERSE', 'ROTATE_90')))  # the camera's orientation → what sets it upright
+
+
 def to_rgb(image):
-    "Return a Pillow image upright, as 8-bit RGB. Raise `ValueError` if it is empty, too large, or of floats."
-    from PIL import Image, ImageOps
+    """Return a Pillow image upright, as 8-bit RGB, transparency on `BACKGROUND`; of one with 16 bits a channel,
+    `bits_used` says how many hold something. Raise `ValueError` if it is empty, too large, or of floats."""
+    from PIL import Image
     if 0 in image.size: raise ValueError('it is empty')
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f'it has {image.width}×{image.height} pixels, more than {MAX_PIXELS:,}')
-    image = ImageOps.exif_transpose(image)
+    raw, turn, bits = str(getattr(image, 'tile', '')), None, 0  # how the file holds its pixels, before they are loaded
+    with contextlib.suppress(Exception): turn = TURNS.get(image.getexif().get(0x0112))  # malformed EXIF: as it lies
     if image.mode == 'F': raise ValueError('its pixels are floats of unknown range: give 8 bits a channel')
     if image.mode.startswith('I'):  # 16 bits, or 32 that hold 16
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.int64) << (4 if 'I;12' in raw else 0)  # 12 bits, as the file says itself
         if values.min() < 0 or values.max() > 65535:
             raise ValueError('its greys are outside 0 … 65,535: give 8 bits a channel')
+        bits = int(values.max()).bit_length()
         image = Image.fromarray((values >> 8).astype(np.uint8))  # Pillow would cut them off at 255: a white picture
-    return (image.convert('RGBA') if 'transparency' in image.info else image).convert('RGB')
+    elif ';16' in raw:  # Pillow keeps the upper eight
+        bits = 8 + max(high for _, high in image.convert('RGB').getextrema()).bit_length()
+    if 'transparency' in image.info or image.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa'):
+        image = image.convert('RGBA')
+        behind = Image.new('RGBA', image.size, BACKGROUND)
+        image = Image.alpha_composite(behind, image)
+    image.load()
+    if image.mode != 'RGB': image = image.convert('RGB')
+    if turn: image = image.transpose(Image.Transpose[turn])
+    image.bits_used = bits
+    return image
 
 
 FORMATS = 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP'  # no EPS, whose reader starts Ghostscript
 
 
+def _open(path):
+    "Open a file to be read; `~` is the user's folder. Raise `ValueError` if it is something else or not there."
+    path = expand(path)
+    if path.is_dir(): raise ValueError('it is a folder, not a file')
+    try: kind = path.stat().st_mode
+    except FileNotFoundError as e: raise FileNotFoundError(e.errno, 'there is no such file', str(path)) from None
+    if not stat.S_ISREG(kind): raise ValueError('there is no such file')  # a device, which might never end
+    return open(path, 'rb')
+
+
 def decode(source):  # path or bytes
-    "Return the picture in a file or in bytes, as upright RGB. Raise `ValueError` if there is none."
+    "Return the picture in a file or in bytes, as upright RGB. Raise `ValueError` or `OSError` if there is none."
     from PIL import Image, UnidentifiedImageError
-    if isinstance(source, (str, os.PathLike)):
-        source = expand(source)
-        if source.is_dir(): raise ValueError('it is a folder, not a file')
-        if not source.is_file(): raise ValueError('there is no such file')
-    else: source = io.BytesIO(source)
-    try:
-        with Image.open(source, formats=FORMATS) as image: return to_rgb(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError) as e:
-        raise ValueError(f'it claims more than {MAX_PIXELS:,} pixels' if isinstance(e, Image.DecompressionBombError)
-                         else f'it is not a picture in one of the formats {", ".join(FORMATS)}') from None
+    with contextlib.ExitStack() as held:
+        file = io.BytesIO(source) if not isinstance(source, (str, os.PathLike)) else held.enter_context(_open(source))
+        try: return to_rgb(held.enter_context(Image.open(file, formats=FORMATS)))
+        except (UnidentifiedImageError, Image.DecompressionBombError) as e:
+            bomb = isinstance(e, Image.DecompressionBombError)
+            raise ValueError(f'it claims more than {MAX_PIXELS:,} pixels' if bomb else
+                             f'it is not a picture in one of the formats {", ".join(FORMATS)}') from None
 
 
-def pictures(folder: Path) -> list[Path]:
-    "Return the files of a folder that are meant to be pictures, sorted by name."
-    meant = (e for e in (os.scandir(folder) if folder.is_dir() else ()) if e.is_file() and not e.name.startswith('.'))
-    return sorted(Path(e.path) for e in meant if e.name.lower() not in ('thumbs.db', 'desktop.ini'))
+def fit_to(picture, size: tuple):  # (width, height)
+    "Crop a picture in its middle to the shape of `size`, and scale it to that."
+    from PIL import Image, ImageOps
+    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
+
+
+SUFFIXES = {'', *('.apng .bmp .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pgm .png .pnm .ppm '
+                  '.tif .tiff .webp').split(),  # what is none of `FORMATS` is meant, too, and refused when it is read
+            *'.avif .heic .heif .ico .jxl .pfm .psd .svg .tga'.split()}
+BY_PRODUCTS = {'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r', '@eadir', '__macosx', '#recycle', '@recycle',
+               '@tmp', '$recycle.bin', 'system volume information', 'lost+found'}  # of file managers and systems
+
+
+def is_by_product(name: str) -> bool:
+    "Tell whether a file or a folder was left by a file manager or a system, and means nothing."
+    name = name.lower()
+    return name.startswith('.') or name in BY_PRODUCTS or name.endswith((':zone.identifier', '.db:encryptable'))
+
+
+def pictures(folder: Path,
+             passed_over: list | None = None) -> list[Path]:  # takes the paths of what is no picture by its name
+    "Return the files below a folder that are meant to be pictures, sorted. Raise `UserError` if it can't be read."
+    def stop(e): raise UserError(f'The folder {printable(e.filename)} cannot be read ({reason(e)}): make it readable.')
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        idle = [name for name in folders if is_by_product(name)]
+        folders[:] = sorted(set(folders) - set(idle))
+        for name in (n for n in names if not is_by_product(n)):
+            if (file := Path(here, name)).suffix.lower() in SUFFIXES and file.is_file(): found.append(file)
+            else: idle.append(name)
+        if passed_over is not None: passed_over += [Path(here, n) for n in sorted(idle) if not n.startswith('.')]
+    return sorted(found)
+
+
+def printable(name) -> str:  # text or path
+    "Return a name in composed letters, bytes that are no UTF-8 as escapes, so that it can be printed and stored."
+    return unicodedata.normalize('NFC', os.fsencode(name).decode('utf-8', 'backslashreplace'))
 
 
 def _in_groups(work: Callable, files: list):  # of the indices of some files → list
@@ -69,21 +136,34 @@ def _in_groups(work: Callable, files: list):  # of the indices of some files →
 class _Mixed(Exception): "Pictures of different sizes."
 
 
-def _fill(files: list, size: tuple, fit: bool, images: np.ndarray) -> dict:  # index → why the file cannot be read
-    "Decode files into `images`, cropped and scaled to `size` if `fit`. Raise `_Mixed` if not, and another size is met."
-    from PIL import Image, ImageOps
-    broken = {}
+def _fill(files: list, size: tuple | None, images: np.ndarray) -> dict:  # index → why the file cannot be read
+    """Decode files into `images`, cropped and scaled where need be. Raise `_Mixed` if `size` is given and another is
+    met, `UserError` for what says nothing of the pictures, a disk that fails say, and where upper bits are unused."""
+    broken, bits = {}, {}
     def fill(group):
         for i in group:
-            try:
-                picture = decode(files[i])
-                if picture.size != size and not fit: raise _Mixed
-                images[i] = ImageOps.fit(picture, size, Image.Resampling.BICUBIC) if picture.size != size else picture
-            except _Mixed: raise
-            except Exception as e: broken[i] = reason(e)  # a decoder raises almost anything over a damaged file
+            try: picture = decode(files[i])
+            except Exception as e:  # a decoder raises almost anything over a damaged file
+                if isinstance(e, MemoryError) or getattr(e, 'errno', None): raise _not_now(files[i], e) from None
+                broken[i] = reason(e)
+                continue
+            if size and picture.size != size: raise _Mixed
+            if picture.bits_used: bits[i] = picture.bits_used
+            images[i] = fit_to(picture, images.shape[2:0:-1])
         return [group.stop]
     for done in _in_groups(fill, files): progress('decode', done, len(files), 'images')
+    if bits and (used := max(bits.values())) <= 14:
+        raise Unreadable(f'The pictures of 16 bits a channel, as {printable(files[min(bits)])}, leave {16 - used} of '
+                        f'them unused and would be dark: multiply all values by {2 ** (16 - used)}, or save 8 bits.')
     return dict(sorted(broken.items()))
+
+
+class Unreadable(UserError): "Pictures that can't be used, wherever they would be kept."
+
+
+def _not_now(file: Path, error: Exception) -> Unreadable:
+    return Unreadable(f'{printable(file)} could not be read ({reason(error)}), which need not be the picture\'s fault: '
+                     'make it readable, and try again.')
 
 
 def _sizes(files: list) -> list:
@@ -94,64 +174,92 @@ def _sizes(files: list) -> list:
     return [s for s in _in_groups(lambda group: [*map(size, group)], files) if s]
 
 
-def _decode_into(files: list, make) -> tuple[np.ndarray, dict]:  # make: shape → array
+def _decode_into(files: list, side: int, make) -> tuple[np.ndarray, dict]:  # make: shape → array
     "Decode files into an array (n, height, width, 3), all of one size; return it, and which are broken."
     for file in files:
         with contextlib.suppress(Exception):
             size = decode(file).size
             break
-    else: return make((len(files), 1, 1, 3)), dict.fromkeys(range(len(files)), 'none of them is')
-    try: return (images := make((len(files), *size[::-1], 3))), _fill(files, size, False, images)
+    else: return (images := make((len(files), 1, 1, 3))), _fill(files, None, images)
+    least = min(side or min(size), *size)
+    width, height = (max(1, round(n * least / min(size))) for n in size)
+    try: return (images := make((len(files), height, width, 3))), _fill(files, size, images)
     except _Mixed: pass  # seldom known before some are decoded, and then soon
-    side = int(np.median([min(s) for s in _sizes(files)]))
-    return (images := make((len(files), side, side, 3))), _fill(files, (side, side), True, images)
+    least = int(np.median([min(s) for s in _sizes(files)]))
+    least = min(side or least, least)
+    return (images := make((len(files), least, least, 3))), _fill(files, None, images)
 
 
 CACHE_FROM = 2**20  # bytes of files
 
 
-def _in_memory(shape): return np.zeros(shape, np.uint8)
+def _in_memory(shape):
+    "Return an empty array. Raise `UserError` if there is no memory for it."
+    if np.prod(shape, dtype=float) > psutil.virtual_memory().available:
+        raise UserError(f'{shape[0]:,} pictures of {shape[2]}×{shape[1]} do not fit into memory: free space for them '
+                        'on disk, or name a folder that has it with DINOCLS_DATA.')
+    return np.zeros(shape, np.uint8)
 
 
-def decoded(root: Path, files: list) -> tuple[np.ndarray, dict]:  # uint8 (n, h, w, 3); index → why it can't be read
-    "Decode files under `root`, or open what an earlier process decoded."
+def decoded(root: Path, files: list,
+            side: int = 0) -> tuple[np.ndarray, dict, str]:  # uint8 (n, h, w, 3); index → why it can't be read; SHA-256
+    """Decode files under `root`, or open what an earlier process decoded. Larger pictures are shrunk until their
+    shorter side has `side` pixels; 0: none is."""
     import PIL
-    seen = [(f.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
-    if sum(size for _, size, _ in seen) < CACHE_FROM: return _decode_into(files, _in_memory)
-    name = f'{digest(str(root.resolve()))[:12]}-{digest([1, PIL.__version__, seen])[:20]}.npy'
+    def in_memory():
+        images, broken = _decode_into(files, side, _in_memory)
+        return images, broken, hashlib.sha256(images).hexdigest()
+    try: seen = [(str(f.relative_to(root)), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
+    except OSError as e: raise _not_now(e.filename, e) from None
+    if sum(size for _, size, _, _ in seen) < CACHE_FROM: return in_memory()
+    name = f'{digest(str(root.resolve()))[:12]}-{digest([2, PIL.__version__, side, BACKGROUND, seen])[:20]}.rgb'
     file = data_folder()/'decoded'/name
-    with contextlib.suppress(OSError, ValueError, UserError): return _open_cache(file)
+    if found := _open_cache(file): return found
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(file.with_suffix('.lock')):
-            with contextlib.suppress(OSError, ValueError, UserError): return _open_cache(file)  # another was faster
-            _write_cache(file, files)
-            return _open_cache(file)
+        with locked(file.with_suffix('.lock')): return _open_cache(file) or _write_cache(file, files, side)
+    except Unreadable: raise
     except (OSError, UserError) as e:
         print(f'Note: decoded images cannot be kept in {file.parent} ({reason(e)}), so they are decoded again each '
               'time; DINOCLS_DATA names another folder.')
-        return _decode_into(files, _in_memory)
+        return in_memory()
 
 
-def _open_cache(file: Path) -> tuple[np.ndarray, dict]:
-    "Map decoded images into memory. Raise `OSError` or `ValueError` if they are not there, or cut short."
-    images = np.load(file, mmap_mode='r', allow_pickle=False)
-    return images, {int(i): why for i, why in read_json(file.with_suffix('.json')).items()}
+def _stamp(file: Path) -> list:
+    "Return what changes whenever a file is written."
+    s = file.stat()
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
 
 
-def _write_cache(file: Path, files: list):
+def _open_cache(file: Path) -> tuple | None:
+    """Map decoded images into memory, if they are there, and what was written: a file that was touched since is read
+    through and compared."""
+    with contextlib.suppress(Exception):  # a damaged record raises almost anything
+        check, about = read_json(file.with_suffix('.json'))
+        if digest(about) != check: return None
+        if about['stamp'] != _stamp(file) and file_digest(file) != about['sha256']: return None
+        images = np.memmap(file, np.uint8, 'r', shape=tuple(about['shape']))
+        return images, {int(i): why for i, why in about['broken'].items()}, about['sha256']
+
+
+def _write_cache(file: Path, files: list, side: int) -> tuple:
     "Decode files into an array on disk, whole or not at all, and delete what was decoded of the folder before."
-    def make(shape):  # on a full disk the process would be ended later, in the middle of writing
-        if shutil.disk_usage(file.parent).free < 1.1 * np.prod(shape): raise OSError('No space left')
-        return np.lib.format.open_memmap(tmp, 'w+', np.uint8, shape)
+    shape, broken = (), {}
+    def make(wanted):  # on a full disk the process would be ended later, in the middle of writing
+        if shutil.disk_usage(file.parent).free < 1.1 * np.prod(wanted, dtype=float): raise OSError('No space left')
+        return np.memmap(tmp, np.uint8, 'w+', shape=wanted)
     with replacing(file) as tmp:
-        images, broken = _decode_into(files, make)
+        images, broken = _decode_into(files, side, make)
         images.flush()
+        shape = images.shape
         del images
-        write_json(file.with_suffix('.json'), broken)  # before the array, whose presence says that both are there
+    about = {'shape': shape, 'broken': broken, 'sha256': file_digest(file), 'stamp': _stamp(file)}
+    about = json.loads(json.dumps(about))  # as it will be read
+    write_json(file.with_suffix('.json'), [digest(about), about])  # last: it says that all is there
     for old in file.parent.glob(f'{file.name[:12]}-*'):
         if old.stem != file.stem:
             with contextlib.suppress(OSError): old.unlink()
+    return np.memmap(file, np.uint8, 'r', shape=shape), broken, about['sha256']
 
 
 def from_array(values):  # array (h, w, 3) or (h, w), or tensor (3, h, w), uint8
@@ -173,8 +281,8 @@ def to_pixels(item,  # path, bytes, Pillow image, array or tensor
               native: tuple,  # (height, width)
               name: str = 'the image') -> np.ndarray:  # uint8 (height, width, 3)
     "Return any picture, upright, at the native size. Raise `UserError` that names the item if it is none."
-    from PIL import Image, ImageOps
-    if isinstance(item, (str, os.PathLike)): name = f'{name} ({str(item)[-200:]})'
+    from PIL import Image
+    if isinstance(item, (str, os.PathLike)): name = f'{name} ({printable(item)[-200:]})'
     try:
         if isinstance(item, Image.Image): image = to_rgb(item)
         elif isinstance(item, np.ndarray) or hasattr(item, 'detach'): image = from_array(item)
@@ -182,8 +290,10 @@ def to_pixels(item,  # path, bytes, Pillow image, array or tensor
         else:
             raise ValueError(f'it is a {type(item).__name__}: '
                              'give a path, bytes, a Pillow image, an array or a tensor')
-        if image.size != (size := (native[1], native[0])): image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-        return np.asarray(image)
+        if 0 < (bits := getattr(image, 'bits_used', 0)) <= 12:
+            raise ValueError(f'of 16 bits a channel it uses {bits} and would be nearly black: multiply its values by '
+                             f'{2 ** (16 - bits)}, or save it with 8 bits')
+        return np.asarray(fit_to(image, (native[1], native[0])))
     except Exception as e:  # a decoder raises almost anything over a damaged file
         raise UserError(f'Cannot use {name}: {reason(e)}.') from None
 
