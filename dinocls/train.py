@@ -74,7 +74,7 @@ class Loop:
     losses: torch.Tensor | None = None  # of this epoch: their sum and number, (2,)
     history: list = field(default_factory=list)  # a row per epoch
     best: dict = field(default_factory=dict)  # {'accuracy', 'epoch', 'weights'} of the best epoch so far
-    answers: list = field(default_factory=list)  # an epoch: validation logits of what was scored (n, classes), in halves
+    answers: list = field(default_factory=list)  # of what was scored after each epoch: validation logits (n, classes)
     micro: int = 0  # images that the backbone sees at once; 0: the whole batch
     val_feats: torch.Tensor | None = None  # embeddings of the validation images, which a frozen backbone never changes
     batch: torch.Tensor | None = None  # the last batch as the model saw it; the next one is written over it
@@ -274,7 +274,7 @@ def save_checkpoint(loop: Loop, folder: Path, name: str) -> Path:
     for old in [c for c in checkpoints(folder, name) if c != file][1:]: old.unlink()
     return file
 
-COUNTS = ('epoch', 'step', 'steps', 'skipped', 'losses', 'best', 'answers')  # what a checkpoint holds of a loop as it is
+COUNTS = ('epoch', 'step', 'steps', 'skipped', 'losses', 'best', 'answers')  # held by a checkpoint as it is
 
 # %% ../nbs/04_train.ipynb #69ad102b
 def load_checkpoint(loop: Loop, folder: Path, name: str) -> bool:
@@ -427,7 +427,7 @@ def fit(model: Classifier, train,  # images, labels, and the indices of the spli
         folder: Path, name: str = 'fit',
         feats=None,  # embeddings of the training images, where the backbone is frozen and nothing is varied
         on_epoch=None) -> dict:  # called with name, row of history and epochs; None: tell them as progress
-    "Train what is not frozen, from the checkpoint in `folder`; return its best epoch's weights, and all epochs' answers."
+    "Train what is not frozen, from the checkpoint in `folder`; return the best epoch's weights, and all answers."
     loop = start(model, cfg, epochs, max(1, len(train[-1]) // cfg.batch_size), lr_backbone, lr_head, layer_decay)
     load_checkpoint(loop, folder, name)
     source, divided = batch_source(loop, train, feats), Divided(loop.model, loop.accelerator)
