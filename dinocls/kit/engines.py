@@ -178,6 +178,7 @@ def export_onnx(subject: Subject, file: Path) -> Path:
     if why := lacking('onnx', torch.device('cpu')): raise UserError(f'The export to ONNX {why}.')
     host = replace(subject, model=copy.deepcopy(subject.model).cpu(), device=torch.device('cpu'))
     instead = 'use the backend torch or compile.'
+    host.expected(4)  # what is worked out once, as the matrices that resize, is in the graph a constant
     with replacing(Path(file)) as tmp, silent():
         try: torch.onnx.export(Prepared(host).eval(), (host.pictures(3),), str(tmp), dynamo=True, verbose=False,
                                input_names=['images'], output_names=['logits'], external_data=False,
