@@ -21,9 +21,9 @@ from .kit.parallel import run_stages
 from .kit.stage import stage, variant
 from .model import classifier, device, infer
 from .phase1 import phase1_model, score
-from .phase2 import phase2, phase2_logits
+from .phase2 import fine_tune, phase2, phase2_logits
 from .stats import losses
-from .train import evaluate, fit
+from .train import evaluate
 
 # %% ../nbs/07_ensemble.ipynb #aefd869e
 def member_configs(cfg) -> list[Config]:
@@ -68,10 +68,9 @@ def average_weights(states: list[dict],  # state dicts of one architecture
 @stage
 def siblings(cfg, folder):
     "Train phase 2 again from the first seed's phase 1, with the other seeds for order, augmentation and dropout."
-    train, val = (load_split(cfg, name, device(cfg)) for name in ('train', 'val'))
-    options = {'epochs': cfg.phase2_epochs, 'lr_backbone': cfg.lr_backbone, 'lr_head': cfg.lr_head, 'folder': folder}
-    return {f'weights{i}': fit(phase1_model(cfg), train, val, variant(cfg, seed=cfg.seed + i), name=f'sibling{i}',
-                               **options)['weights'] for i in range(1, cfg.members)}
+    seeds = {i: variant(cfg, seed=cfg.seed + i) for i in range(1, cfg.members)}
+    return {f'weights{i}': fine_tune(phase1_model(cfg), other, cfg.phase2_epochs, folder, f'sibling{i}')['weights']
+            for i, other in seeds.items()}
 
 def sibling_weights(cfg) -> list[dict]:
     "Return the weights of all siblings, the first being those of chapter 6."
