@@ -200,9 +200,17 @@ def mix(x: Tensor, y: Tensor, cfg, generator) -> tuple[Tensor, Tensor, Tensor, T
     cut = uniform(x, 0, 1, generator) < (cfg.cutmix_share if cfg.mixup and cfg.cutmix else float(cfg.cutmix > 0))
     kept = torch.where(cut, _beta(x, cfg.cutmix or 1, generator), _beta(x, cfg.mixup or 1, generator))
     if cfg.mix_probability < 1: kept = torch.where(uniform(x, 0, 1, generator) < cfg.mix_probability, kept, 1)
-    box = _boxes(x, 1 - kept, torch.ones_like(kept), generator)
-    mask = torch.where(cut, (~box).to(x), kept.expand(-1, 1, *x.shape[-2:]))  # share of image a, pixel by pixel
+    left = ~_pasted(x, kept, generator)
+    mask = torch.where(cut, left.to(x), kept.expand(-1, 1, *x.shape[-2:]))  # share of image a, pixel by pixel
     return mask * x + (1 - mask) * x[partner], y, y[partner], mask.mean((1, 2, 3))
+
+def _pasted(x: Tensor, kept: Tensor, generator) -> Tensor:  # (b, 1, 1, 1)
+    "Return a mask (b, 1, h, w) of a box per image: a share 1 − `kept` of the area, its centre anywhere, then clipped."
+    def near(n, along):  # one draw per image, whole pixels as in torchvision
+        centre, half = uniform(x, 0, n, generator).floor(), (n / 2 * (1 - kept).sqrt()).floor()
+        at = torch.arange(n, device=x.device).view(along)
+        return (at >= centre - half) & (at < centre + half)
+    return near(x.shape[-2], (-1, 1)) & near(x.shape[-1], (1, -1))
 
 def _beta(x: Tensor, a: float, generator) -> Tensor:
     "Draw from Beta(a, a), one number per image, as (b, 1, 1, 1)."

@@ -126,8 +126,8 @@ def test_each_augmentation_draws_for_each_image(vary, kinds):
 def test_mixing_draws_for_each_pair(fields):
     x, y = pictures(64, 64).repeat(20, 1, 1, 1), torch.arange(240)
     cfg = config.preset('cifar', mix_probability=1.0, **fields)
-    mixed, a, b, lam = mix(x, y, cfg, seed())  # CutMix alone: a square box of whole pixels has one of 65 sides
-    assert lam.unique().numel() > (150 if cfg.mixup else 60)
+    mixed, a, b, lam = mix(x, y, cfg, seed())
+    assert lam.unique().numel() > 150
     assert torch.equal(b.sort().values, y) and (a != b).float().mean() > 0.9
     assert all(torch.equal(s, t) for s, t in zip((mixed, a, b, lam), mix(x, y, cfg, seed())))
 
@@ -281,3 +281,17 @@ def test_prepare_writes_over_a_batch_that_fits_and_over_no_other():
         assert (again is last) == (last is not None and last.shape == fresh.shape and last.dtype == fresh.dtype)
     native = torch.zeros(12, 3, 32, 32)
     assert torch.equal(preprocess(x, config.preset('smoke'), out=native), preprocess(x, config.preset('smoke')))
+
+
+def test_cutmix_pastes_where_and_as_much_as_torchvisions():
+    x, y, lams = torch.zeros(2000, 1, 32, 32), torch.arange(2000), []
+    x[::2] = 1
+    mixed, a, b, ours = mix(x, y, config.preset('smoke', mixup=0.0, cutmix=1.0), seed())
+    torch.manual_seed(0)
+    theirs = v2.CutMix(num_classes=2)
+    for _ in range(2000): lams.append(theirs.make_params([x])['lam_adjusted'])
+    assert abs(ours.mean() - np.mean(lams)) < 0.03
+    assert abs((ours < 0.5).float().mean() - np.mean(np.array(lams) < 0.5)) < 0.04
+    pairs = (a + b) % 2 == 1
+    pasted = (mixed != x)[pairs].float().mean((0, 1))
+    assert abs(pasted[16, 16] - 0.46) < 0.05 and abs(pasted[0, 0] - 0.14) < 0.04

@@ -100,6 +100,39 @@ def test_one_image_that_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(files.UserError, match='smaller backbone'): run(tmp_path, change=never)
 
 
+def test_each_phase_and_each_seed_has_batches_of_its_own(tmp_path, monkeypatch):
+    seen, original = [], train.augment
+    def watched(x, *rest):
+        seen.append((x.sum().item(), original(x, *rest)))
+        return seen[-1][1]
+    monkeypatch.setattr(train, 'augment', watched)
+    def first(name, seed):
+        cfg = dataclasses.replace(config.preset('smoke', device='cpu', out=str(tmp_path/'run')), seed=seed)
+        data = [tuple(t[:100] for t in load_split(cfg, s)) for s in ('train', 'val')]
+        seen.clear()
+        fit(classifier(cfg, 10).freeze(), *data, cfg, epochs=1, lr_backbone=0., lr_head=1e-3,
+            folder=tmp_path/f'{name}{seed}', name=name)
+        return seen[0]
+    batches = [first(name, seed) for name, seed in (('phase1', 1), ('phase2', 1), ('phase1', 2), ('again', 1))]
+    assert len({total for total, _ in batches}) == 4  # other images first
+    assert len({b.numpy().tobytes() for _, b in batches}) == 4
+
+
+def test_siblings_are_trained_by_the_recipe_whatever_it_is(tmp_path, monkeypatch):
+    from dinocls import ensemble, phase2
+    told, original = [], phase2.fit
+    def watched(model, *args, **options):
+        told.append((options['name'], options['layer_decay'], any('lora' in n for n, _ in model.named_parameters())))
+        return original(model, *args, **options)
+    monkeypatch.setattr(phase2, 'fit', watched)
+    for fields in ({'layer_decay': 0.5}, {'lora_rank': 2}):
+        cfg = config.preset('smoke', device='cpu', out=str(tmp_path/next(iter(fields))), members=2, phase1_epochs=1,
+                            phase2_epochs=1, **fields)
+        weights = ensemble.siblings(cfg)['weights1']
+        assert weights.keys() == classifier(cfg, 10).state_dict().keys()
+    assert [(n, d) for n, d, _ in told] == [('sibling1', 0.5), ('sibling1', 1.0)] and told[1][2]
+
+
 @pytest.mark.parametrize('fields', [
     {'pooling': 'mean'}, {'pooling': 'cls+mean'}, {'pooling': 'attention', 'micro_batch': 20},
     {'head_widths': (), 'head_dropout': ()}, {'schedule': 'cosine'},

@@ -57,11 +57,13 @@ def versions() -> dict:
 
 
 def hardware() -> dict:
-    "Return processor, instruction sets, cores and memory, and the accelerator if torch is loaded and sees one."
+    "Return processor, instruction sets, cores, memory; torch's threads, kernels and accelerator, if it is loaded."
     memory = round(memory_limit() / 2**30, 1)
     found = {'cpu': cpu_name(), 'instructions': instruction_sets(), 'cores': cores(), 'memory_gb': memory,
              'system': platform.system()}
     torch = sys.modules.get('torch')
+    if torch:  # both change how sums are rounded
+        found |= {'threads': torch.get_num_threads(), 'kernels': torch.backends.cpu.get_cpu_capability()}
     if torch and torch.cuda.is_available():
         found |= {'gpu': torch.cuda.get_device_name(), 'gpu_memory_gb': round(torch.cuda.mem_get_info()[1] / 2**30, 1)}
     return found
