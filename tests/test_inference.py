@@ -279,18 +279,18 @@ def test_the_first_bad_item_of_many_batches_is_named(model):
 # --- confidence and backends
 
 
-def test_uncertain_follows_from_the_set(tmp_path, model):
+def test_uncertain_follows_from_the_promise(tmp_path, model):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 400)
     found = calibrate(3 * rng.normal(size=(400, 10)) + 5 * np.eye(10)[labels], labels)
     sure = ProductionModel(save_production(tmp_path/'p', model.model, CFG, CLASSES, {}, calibration=found), 'cpu')
     z = model.run(torch.from_numpy(RGB[:, :24]).permute(2, 0, 1)[None].repeat(1, 1, 2, 2)[..., :32, :32].contiguous())
     answer = sure.predict_batch([RGB])[0]
-    inside = sum(p >= found['conformal']['least'] for p in answer['probabilities'].values())
-    assert (answer['uncertain'] == (inside != 1) and answer['prediction'] == model.predict(RGB)['prediction']
+    assert (answer['uncertain'] == (answer['confidence'] <= found['promise']['least'])
+            and answer['prediction'] == model.predict(RGB)['prediction']
             and model.predict(RGB)['uncertain'] is None)
     np.testing.assert_allclose(scaled(z, 1.0).sum(), 1)
-    assert 'at least 95 %' in (tmp_path/'p'/CARD).read_text()
+    assert 'wrong, with 95 % confidence' in (tmp_path/'p'/CARD).read_text()
 
 
 def test_the_card_may_be_edited(folder):
@@ -422,10 +422,10 @@ def test_broken_json(folder, name, content):
     refused(lambda: ProductionModel(folder), name)
 
 
-@pytest.mark.parametrize('version', [0, 1, 3, '2', [2], {'a': 1}])
+@pytest.mark.parametrize('version', [0, 1, 2, 4, '3', [3], {'a': 1}])
 def test_unknown_format(folder, version):
     change(folder, format=version)
-    refused(lambda: ProductionModel(folder), 'format', 'reads format 2')
+    refused(lambda: ProductionModel(folder), 'format', 'reads format 3')
 
 
 def test_places_that_are_no_production_folder(tmp_path):
@@ -441,8 +441,8 @@ def test_places_that_are_no_production_folder(tmp_path):
     {'head_widths': []}, {'head_widths': [1] * LAYERS}, {'head_widths': ['a'] * LAYERS},
     {'head_widths': [-1] * LAYERS}, {'head_widths': [10**30] * LAYERS},
     {'head_widths': [10**9] * LAYERS}, {'head_dropout': [2] * LAYERS}, {'head_dropout': ['a'] * LAYERS},
-    {'temperature': 0}, {'temperature': 'hot'}, {'temperature': None}, {'conformal': 3}, {'conformal': {'least': 2}},
-    {'conformal': {}},
+    {'temperature': 0}, {'temperature': 'hot'}, {'temperature': None}, {'promise': 3}, {'promise': {}},
+    {'promise': {'risk': 0.02, 'least': 2.0, 'sure': 0.95, 'images': 9, 'answered': 9}},
     {'precision': 'int4'}, {'pooling': 'max'}, {'pooling': 'cls+mean'}, {'pooling': 'attention'}, {'classes': []},
     {'classes': ['a'] * 10}, {'classes': CLASSES[:9]}, {'classes': list(range(10))}, {'classes': 'abcdefghij'},
     {'preprocessing': None}, {'preprocessing': {}}, {'preprocessing': {'native_size': [0, 32]}},

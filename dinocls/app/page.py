@@ -40,7 +40,7 @@ def looker(service: Service):
 
     import gradio as gr
     batcher, model = service.batcher, service.model
-    unsure = '<p role="status">The model is not sure: more than one class, or none, is plausible.</p>'
+    unsure = '<p role="status">The model is not sure: this is none of the answers that it vouches for.</p>'
 
     async def look(file: str | None, name: str | None, severity: float):
         if not file: return gr.HTML(visible=False), None, None, None
