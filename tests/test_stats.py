@@ -83,10 +83,44 @@ def test_bootstrap_covers_and_is_repeatable():
     assert stats.bootstrap(np.mean, np.arange(9)) == stats.bootstrap(np.mean, np.arange(9))
 
 
-@pytest.mark.parametrize('mended, spoilt, equal', [(3, 3, True), (60, 0, False), (200, 190, False), (0, 0, True)])
-def test_equal_within_half_a_point_or_not(mended, spoilt, equal):
-    d = np.zeros(5000)
-    d[:mended], d[mended:mended + spoilt] = 1, -1
-    told = stats.equivalence(d, 0.005)
-    assert (told['p'] < 0.05) is equal and told['difference'] == pytest.approx((mended - spoilt) / 5000)
-    assert equal == (-0.005 < told['low'] and told['high'] < 0.005)
+@pytest.mark.parametrize('true, allowed', [(0, 'differs'), (0.005, 'agrees'), (-0.005, 'agrees')])
+@pytest.mark.parametrize('ours', [2000, 10_000])
+def test_at_most_one_verdict_in_twenty_is_wrong(true, allowed, ours):
+    "Shares of 5,000 and of other numbers of images, equal, or a margin of half a point apart."
+    rng, theirs, said = np.random.default_rng(0), 0.98, []
+    for _ in range(400):
+        a, b = rng.binomial(5000, theirs) / 5000, rng.binomial(ours, theirs + true) / ours
+        error = np.hypot(*(stats.standard_error(*stats.wilson(x, n)) for x, n in ((a, 5000), (b, ours))))
+        said.append(stats.verdict(b - a, error, 0.005)['verdict'])
+    assert np.mean([s == allowed for s in said]) <= 0.07  # 5 %, and three standard errors of 400 draws are 3.3
+
+
+@pytest.mark.parametrize('seeds, images', [(3, 80), (8, 80), (8, 360)])
+def test_an_interval_for_other_seeds_and_other_images(seeds, images):
+    "Answers of two methods: images of unlike difficulty, seeds of unlike luck."
+    rng = np.random.default_rng(1)
+
+    def differences(seeds, images):
+        hard, own = rng.normal(0, 2.5, (1, images)), rng.normal(0, 0.3, (2, seeds, 1))
+        right = rng.logistic(size=(2, seeds, images)) < 3 + hard + own + np.array([0, 1])[:, None, None]
+        return right[1].astype(float) - right[0]
+    true = differences(2000, 2000).mean()
+    held = [(r['low'] or 0) <= true <= (r['high'] or 0) for r in (stats.two_way(differences(seeds, images))
+                                                                  for _ in range(300))]
+    assert np.mean(held) > 0.91
+
+
+def test_counts_are_compared_not_digits():
+    for n, k in ((360, (354, 349, 356)), (180, (170, 171, 172, 173))):
+        base, more = np.float32(k) / np.float32(n), (np.float32(k) + 1) / np.float32(n)
+        told = stats.paired(more, base, n)
+        assert told['low'] is None and told['p'] == stats.sign_test(len(k), 0) and told['gain'] == pytest.approx(1 / n)
+
+
+def test_a_calibrated_model_is_not_called_wrong():
+    p, y = answers(6000)
+    some = [(p[i:i + 200], y[i:i + 200]) for i in range(0, 6000, 200)]
+    assert np.mean([stats.debiased_calibration_error(*s, draws=50)[1] == 0 for s in some]) > 0.9
+    sharp = p ** 3 / (p ** 3).sum(1, keepdims=True)
+    value, low, high = stats.debiased_calibration_error(sharp, y, draws=200)
+    assert 0 < low < value < high and value >= stats.equal_mass_error(sharp, y) - 0.01
