@@ -286,7 +286,7 @@ def test_uncertain_follows_from_the_promise(tmp_path, model):
     sure = ProductionModel(save_production(tmp_path/'p', model.model, CFG, CLASSES, {}, calibration=found), 'cpu')
     z = model.run(torch.from_numpy(RGB[:, :24]).permute(2, 0, 1)[None].repeat(1, 1, 2, 2)[..., :32, :32].contiguous())
     answer = sure.predict_batch([RGB])[0]
-    assert (answer['uncertain'] == (answer['confidence'] <= found['promise']['least'])
+    assert (answer['uncertain'] == (answer['confidence'] < found['promise']['least'])
             and answer['prediction'] == model.predict(RGB)['prediction']
             and model.predict(RGB)['uncertain'] is None)
     np.testing.assert_allclose(scaled(z, 1.0).sum(), 1)

@@ -352,7 +352,7 @@ class Answer(BaseModel):
     confidence: float = Field(description='its probability')
     probabilities: dict[str, float] = Field(description='class → probability')
     top5: list[tuple[str, float]] = Field(description='the most probable classes')
-    uncertain: bool | None = Field(None, description='whether the promise of the model card leaves it out; null: no promise')
+    uncertain: bool | None = Field(None, description='whether the card promises nothing of it; null: of none')
 
 
 class Failure(BaseModel):
