@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'FOUR', 'GROUPED', 'share', 'in_points', 'drop', 'views', 'contenders', 'answers', 'judge', 'with_probes',
            'evenly', 'all_severities', 'robustness', 'correct_answers', 'severity_curve', 'corruption_rows',
-           'severity_rows', 'error_ratio', 'corruption_errors', 'calibration_rows', 'model_rows', 'published_c',
-           'published_1', 'shift_rows', 'published_rows', 'robustness_metrics']
+           'severity_rows', 'error_ratio', 'corruption_errors', 'answered', 'calibration_rows', 'model_rows',
+           'published_c', 'published_1', 'shift_rows', 'published_rows', 'robustness_metrics']
 
 # %% ../nbs/12_robustness.ipynb #c6760ba3
 import functools
@@ -169,7 +169,8 @@ def error_ratio(name: str, wrong: np.ndarray, baseline: np.ndarray) -> dict:  # 
     names; None for what can't be told."""
     def ratio(a, b): return a.sum() / b.sum() if b.sum() > 0 else np.inf
     if baseline.sum() <= 0: return dict.fromkeys((name, f'{name}_low', f'{name}_high'))
-    _, low, high = bootstrap(ratio, np.append(wrong, (0.5, 0)), np.append(baseline, (0, 0.5)))
+    with np.errstate(invalid='ignore'):  # a draw without errors of the baseline has no ratio
+        _, low, high = bootstrap(ratio, np.append(wrong, (0.5, 0)), np.append(baseline, (0, 0.5)))
     return in_points(name, (ratio(wrong, baseline), low, high if np.isfinite(high) else np.nan))
 
 def corruption_errors(result, model: str, baseline: str = 'linear') -> dict:
@@ -181,19 +182,25 @@ def corruption_errors(result, model: str, baseline: str = 'linear') -> dict:
     return error_ratio('mce', *worse) | error_ratio('relative_mce', lost, base_lost if told else 0 * base_lost)
 
 # %% ../nbs/12_robustness.ipynb #45ab9bf8
+def answered(result, m: int, severity: int) -> tuple[np.ndarray, np.ndarray]:  # (sets, n) each
+    "Return what a model answers at a severity (0: clean) of the benchmark's fifteen, and how sure it is."
+    n = len(result['labels'])
+    names, part = BENCHMARK if severity else ['clean'], slice(n * max(0, severity - 1), n * max(1, severity))
+    return tuple(np.stack([result[f'{name}_{what}'][m][part] for name in names]) for what in ('guess', 'confidence'))
+
 def calibration_rows(result) -> list[dict]:
-    "Return calibration error and mean confidence minus accuracy, in points, by model and severity (0: clean)."
-    rows, n = [], len(result['labels'])
+    """Return calibration error, and mean confidence minus accuracy with its interval over images, in points, by model
+    and severity (0: clean)."""
+    rows, labels = [], result['labels']
     for (m, model), s in itertools.product(enumerate(MODELS), range(6)):
-        names, part = BENCHMARK if s else ['clean'], slice(n * max(0, s - 1), n * max(1, s))
-        guess, sure = (np.concatenate([result[f'{name}_{what}'][m][part] for name in names])
-                       for what in ('guess', 'confidence'))
+        guess, sure = answered(result, m, s)
         if np.isnan(sure).any(): continue  # k-NN has no probabilities
-        labels = np.tile(result['labels'], len(names))
-        p = np.repeat((1 - sure[:, None]) / (result['classes'] - 1), result['classes'], 1)
-        p[np.arange(len(p)), guess] = sure
-        rows.append({'model': model, 'severity': s, 'ece': 100 * calibration_error(p, labels),
-                     'overconfidence': 100 * float(sure.mean() - (guess == labels).mean()), 'answers': len(p)})
+        p = np.repeat((1 - sure[..., None]) / (result['classes'] - 1), result['classes'], -1)
+        np.put_along_axis(p, guess[..., None].astype(int), sure[..., None], -1)
+        ece = calibration_error(p.reshape(-1, result['classes']), np.tile(labels, len(guess)))
+        off = mean_interval(np.subtract(sure, guess == labels, dtype=np.float64).mean(0), least=0.5)
+        rows.append({'model': model, 'severity': s, 'ece': 100 * ece, **in_points('overconfidence', off),
+                     'answers': guess.size})
     return rows
 
 # %% ../nbs/12_robustness.ipynb #0ff85c96
@@ -265,7 +272,8 @@ def robustness_metrics(result, seed: int) -> list[dict]:
     "Return the rows of metrics: of the fine-tuned model by corruption and severity, of all models by their means."
     found, rows = [], corruption_rows(result)
     def add(name, row, key, interval=None, **more):
-        ends = {} if interval is None else {end: row[interval + end] / 100 for end in ('low', 'high')}
+        ends = {} if interval is None else {end: row[interval + end] for end in ('low', 'high')}
+        ends = {end: None if v is None or np.isnan(v) else v / 100 for end, v in ends.items()}
         found.append(metric(name, row[key] and row[key] / 100, n=len(result['labels']), seed=seed, **ends, **more))
     add('clean', rows[0], 'accuracy')
     for r in severity_rows(result):
@@ -280,9 +288,10 @@ def robustness_metrics(result, seed: int) -> list[dict]:
         m = r['model']
         add(f'clean:{m}', r, 'clean')
         add(f'corruption_mean_15:{m}', r, 'mean_15', '', severity='mean')
-        add(f'mce:{m}', r, 'mce', baseline='linear')
+        for k in ('mce', 'relative_mce'): add(f'{k}:{m}', r, k, f'{k}_', baseline='linear')
         for k in ('ahead_clean', 'ahead_corrupted', 'extra_drop'):
             if k in r: add(f'{k}_over_linear:{m}', r, k, f'{k}_')
     for r, k in itertools.product(calibration_rows(result), ('ece', 'overconfidence')):
-        add(f'{k}:{r["model"]}', r, k, severity=r['severity'], answers=r['answers'])
+        ends = 'overconfidence_' if k == 'overconfidence' else None
+        add(f'{k}:{r["model"]}', r, k, ends, severity=r['severity'], answers=r['answers'])
     return found
