@@ -17,7 +17,7 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     url=s['git_url'], author=s['author'], author_email=s['author_email'], license='MIT', license_files=['LICENSE'],
     packages=find_packages(include=[s['lib_name'], f"{s['lib_name']}.*"]),
-    package_data={s['lib_name']: ['*.mplstyle', 'weights/*']}, include_package_data=False,
+    package_data={s['lib_name']: ['*.mplstyle', 'weights/*', 'app/static/*']}, include_package_data=False,
     python_requires=f">={s['min_python']}", install_requires=split('requirements'),
     extras_require={**extras, 'book': book, 'dev': book + split('dev_requirements')},
     entry_points={'console_scripts': split('console_scripts')}, zip_safe=False,

@@ -93,7 +93,7 @@ async def client(port: int, files, until: float, times: list):
     reader, writer = await asyncio.open_connection('127.0.0.1', port)
     for data in files:
         if (began := time.perf_counter()) > until: break
-        writer.write(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n'
+        writer.write(b'POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n'
                      b'Content-Length: %d\r\n\r\n' % len(data) + data)
         top = (await reader.readuntil(b'\r\n\r\n')).lower()
         await reader.readexactly(int(top.partition(b'content-length:')[2].split()[0]))

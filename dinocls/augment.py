@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GREY', 'OPS', 'SIGNED', 'MEAN', 'STD', 'random_numbers', 'uniform', 'flip', 'shift', 'adjust_brightness',
            'adjust_contrast', 'adjust_saturation', 'turn_hue', 'jitter', 'erase', 'warp', 'magnitude', 'by_op',
-           'randaugment', 'autoaugment', 'augment', 'mix', 'label_loss', 'mixed_loss', 'enlarge', 'preprocess']
+           'randaugment', 'autoaugment', 'augment', 'mix', 'label_loss', 'mixed_loss', 'resize', 'preprocess']
 
 # %% ../nbs/02_augment.ipynb #d7df16e6
 import functools
@@ -229,13 +229,13 @@ def mixed_loss(logits: Tensor, y_a: Tensor, y_b: Tensor, lam: Tensor, smoothing:
 # %% ../nbs/02_augment.ipynb #39f0744d
 @functools.lru_cache(maxsize=32)
 def _cubic(n: int, side: int, device: str) -> Tensor:  # (side, n)
-    "Return the matrix that resizes n pixels to `side` by bicubic interpolation."
+    "Return the matrix that resizes n pixels to `side`: bicubic (a = −0.5, as in Pillow), antialiased where it shrinks."
     with torch.inference_mode(False):  # else a later pass with gradients could not use it
-        return F.interpolate(torch.eye(n)[None, None], (side, n), mode='bicubic')[0, 0].to(device)
+        return F.interpolate(torch.eye(n)[None, None], (side, n), mode='bicubic', antialias=True)[0, 0].to(device)
 
-def enlarge(x: Tensor, side: int,  # (b, c, h, w)
-            out: Tensor | None = None) -> Tensor:  # (b, c, side, side); `out` is memory to write to, used if it fits
-    "Resize a batch as `F.interpolate` does by bicubic interpolation without antialias, by two products of matrices."
+def resize(x: Tensor, side: int,  # (b, c, h, w)
+           out: Tensor | None = None) -> Tensor:  # (b, c, side, side); `out` is memory to write to, used if it fits
+    "Resize a batch as `F.interpolate` does by antialiased bicubic interpolation, by two products of matrices."
     wanted = (*x.shape[:2], side, side), x.dtype, x.device
     if out is not None and (out.shape, out.dtype, out.device) != wanted: out = None
     with torch.autocast(x.device.type, enabled=False):  # half precision would blur the pixels' values
@@ -249,10 +249,9 @@ def preprocess(x: Tensor, cfg,  # uint8, or float 0 … 1, (b, 3, h, w)
                out: Tensor | None = None) -> Tensor:  # float (b, 3, side, side); `out` may be written over
     "Resize a batch to the backbone's size (bicubic, antialiased where it shrinks) and normalise it."
     x, side = x.float() / 255 if x.dtype == torch.uint8 else x, cfg.image_size
-    if max(x.shape[-2:]) > side: x = F.interpolate(x, (side, side), mode='bicubic', antialias=True).clamp(0, 1)
     on_device = lambda values: torch.cat([torch.full((1, 1, 1, 1), v, device=x.device) for v in values], 1)
     x = (x - on_device(MEAN)) / on_device(STD)  # made there, as a copy would wait for the GPU
     if x.shape[-2:] == (side, side): return x
-    x = enlarge(x, side, out)
+    x = resize(x, side, out)
     for c, (m, d) in enumerate(zip(MEAN, STD)): x[:, c].clamp_(-m / d, (1 - m) / d)  # bicubic weights overshoot
     return x

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABEL_STUDY', 'JUDGES', 'hard_pairs', 'border', 'worst_errors', 'label_suspects', 'planted', 'judge_file',
-           'read_judges', 'original_order', 'side', 'judge_sides', 'fault', 'judged_errors', 'other_labels']
+           'read_judges', 'original_order', 'side', 'opinions', 'fault', 'judged_errors', 'other_labels']
 
 # %% ../nbs/10_errors.ipynb #52f84fe0
 from pathlib import Path
@@ -106,8 +106,8 @@ def side(preferred, label: int, guess: int) -> str:  # the class that a judge pr
     return ('silent' if preferred is None else 'label' if preferred == label else 'model' if preferred == guess
             else 'neither')
 
-def judge_sides(label: int, guess: int,
-                votes: np.ndarray,  # people for each class
+def opinions(label: int, guess: int,
+             votes: np.ndarray,  # people for each class
              review: dict | None,  # of these; None: not reviewed
              twin: int | None) -> dict:  # label of a near-duplicate; None: there is none
     "Return with whom each judge sides over an image on which label and model differ."
@@ -132,9 +132,9 @@ def judged_errors(judges: dict,  # of `read_judges`
     reviews = {r['id']: r for r in judges['review']}
     rows = []
     for i in np.flatnonzero(labels != guesses).tolist():
-        said = judge_sides(int(labels[i]), int(guesses[i]), judges['votes'][place[i]], reviews.get(int(place[i])),
-                           twins.get(i))
-        rows.append({'image': i, 'original': int(place[i]), **said, 'fault': fault(said)})
+        sides = opinions(int(labels[i]), int(guesses[i]), judges['votes'][place[i]], reviews.get(int(place[i])),
+                         twins.get(i))
+        rows.append({'image': i, 'original': int(place[i]), **sides, 'fault': fault(sides)})
     return rows
 
 # %% ../nbs/10_errors.ipynb #deb0a50a

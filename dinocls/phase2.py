@@ -7,6 +7,8 @@ __all__ = ['fine_tune', 'phase2', 'with_weights', 'phase2_model', 'phase2_logits
            'class_table']
 
 # %% ../nbs/06_phase2.ipynb #5f185f5b
+import copy
+
 from .data import load_split, splits
 from .kit.stage import stage, variant
 from .model import add_lora, classifier, device, merge_lora
@@ -21,8 +23,10 @@ def fine_tune(model, cfg, epochs: int, folder, name: str) -> dict:
     val = load_split(cfg, 'val', device(cfg))
     result = fit(model, training_data(cfg), val, cfg, epochs=epochs, folder=folder, name=name, **rates)
     if not cfg.lora_rank: return result
-    model.load_state_dict(result['weights'])
-    return result | {'weights': merge_lora(model).state_dict()}  # plain ones
+    for part in ('weights', 'last_weights'):
+        (low_rank := copy.deepcopy(model)).load_state_dict(result[part])
+        result[part] = merge_lora(low_rank).state_dict()  # plain ones
+    return result
 
 @stage
 def phase2(cfg, folder):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'RATES', 'REPRESENTATIONS', 'KS', 'SHOTS', 'DRAWS', 'neighbours', 'vote', 'knn', 'logistic',
-           'linear_probe', 'sgd_probe', 'finetuned_features', 'pixels', 'probe_one', 'knn_curve', 'curves', 'few_shot',
-           'between_share', 'layouts', 'probe', 'spaced']
+           'linear_probe', 'sgd_probe', 'embed', 'finetuned_features', 'untrained', 'pixels', 'probe_one', 'knn_curve',
+           'curves', 'few_shot', 'between_share', 'layouts', 'probe', 'spaced']
 
 # %% ../nbs/08_probe.ipynb #67554307
 import contextlib
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from .data import load_split
 from .kit.files import UserError
 from .kit.machine import progress
-from .kit.stage import stage
+from .kit.stage import stage, variant
 from .model import device, features, infer, pool
 from .phase2 import phase2_logits, phase2_model
 
@@ -206,13 +206,20 @@ def sgd_probe(train_feats, train_labels, val_feats, val_labels,  # (n, dim), (n,
             **{f'{s}_predictions': g[:, best] for s, g in guesses.items()}}
 
 # %% ../nbs/08_probe.ipynb #acbc50cf
+def embed(body, cfg, names=('train', 'val', 'test')) -> dict:  # split → (n, dim)
+    "Embed splits with a backbone; where a head would attend over all tokens, by the CLS token."
+    if cfg.pooling == 'attention':
+        body.forward_head = functools.partial(pool, prefix=body.num_prefix_tokens, pooling='cls')
+    return {name: infer(body, load_split(cfg, name)[0], cfg) for name in names}
+
 @stage
 def finetuned_features(cfg, folder):
     "Embed each split with the fine-tuned backbone."
-    body = phase2_model(cfg).backbone
-    if cfg.pooling == 'attention':
-        body.forward_head = functools.partial(pool, prefix=body.num_prefix_tokens, pooling='cls')
-    return {name: infer(body, load_split(cfg, name)[0], cfg) for name in ('train', 'val', 'test')}
+    return embed(phase2_model(cfg).backbone, cfg)
+
+def untrained(cfg) -> dict:  # split → (n, dim)
+    "Return each split's embeddings by the same backbone with random weights."
+    return features(variant(cfg, weights='random'))
 
 def pixels(cfg) -> dict:  # split → (n, 3·h·w), 0 … 1
     "Return each split's images as vectors of raw pixels."
@@ -220,7 +227,7 @@ def pixels(cfg) -> dict:  # split → (n, 3·h·w), 0 … 1
             for name in ('train', 'val', 'test')}
 
 # %% ../nbs/08_probe.ipynb #9ea5b1eb
-REPRESENTATIONS = {'raw': pixels, 'frozen': features, 'finetuned': finetuned_features}
+REPRESENTATIONS = {'raw': pixels, 'random': untrained, 'frozen': features, 'finetuned': finetuned_features}
 
 def probe_one(feats: dict, labels: dict,  # split → features, labels
               k: int, where='cpu') -> tuple[dict, dict]:  # device of the search and of the fit
@@ -290,7 +297,7 @@ def layouts(feats: np.ndarray, most: int = 1000) -> dict:
 # %% ../nbs/08_probe.ipynb #8ae0f5c6
 @stage
 def probe(cfg, folder):
-    "Probe raw pixels, frozen and fine-tuned features; keep who was right on which image, and what the figures show."
+    "Probe all representations; keep who was right on which image, and what the figures show."
     labels = {s: load_split(cfg, s)[1].numpy() for s in ('train', 'val', 'test')}
     logits, where, right = phase2_logits(cfg), device(cfg), {}
     parts = {'linear': {}, 'sgd': {}, 'few_shot': {}, 'between_share': {}}
@@ -301,7 +308,7 @@ def probe(cfg, folder):
         parts['between_share'][name] = between_share(feats['test'], labels['test'])
         right |= {f'{method}:{name}': {s: p[s] == labels[s] for s in p} for method, p in predictions.items()}
         if name != 'finetuned': parts['few_shot'][name] = few_shot(feats, labels, where=where)
-        if name != 'raw': parts |= {f'{name}_{part}': v for part, v in layouts(feats['test']).items()}
+        if name in ('frozen', 'finetuned'): parts |= {f'{name}_{part}': v for part, v in layouts(feats['test']).items()}
         if name == 'frozen':
             given = (f[s] for s in ('train', 'val') for f in (feats, labels))
             sgd = sgd_probe(*given, feats['test'], seed=cfg.seed, where=where)

@@ -7,7 +7,7 @@ __all__ = ['COUNTS', 'LONG', 'schedule', 'averaged', 'initial_share', 'Loop', 'm
            'gather_features', 'optimise', 'train_step', 'halve', 'step_seed', 'train_epoch', 'diagnosis', 'group_rates',
            'accuracy_and_loss', 'evaluate', 'classification_metrics', 'checkpoints', 'save_checkpoint',
            'load_checkpoint', 'SignalCatcher', 'Checkpointer', 'has_compiler', 'compiles', 'shared_infer', 'val_logits',
-           'validate', 'fit', 'batch_source']
+           'in_halves', 'validate', 'fit', 'batch_source']
 
 # %% ../nbs/04_train.ipynb #cdf7efd9
 import copy
@@ -74,6 +74,7 @@ class Loop:
     losses: torch.Tensor | None = None  # of this epoch: their sum and number, (2,)
     history: list = field(default_factory=list)  # a row per epoch
     best: dict = field(default_factory=dict)  # {'accuracy', 'epoch', 'weights'} of the best epoch so far
+    answers: list = field(default_factory=list)  # an epoch: validation logits of what was scored (n, classes), in halves
     micro: int = 0  # images that the backbone sees at once; 0: the whole batch
     val_feats: torch.Tensor | None = None  # embeddings of the validation images, which a frozen backbone never changes
     batch: torch.Tensor | None = None  # the last batch as the model saw it; the next one is written over it
@@ -273,7 +274,7 @@ def save_checkpoint(loop: Loop, folder: Path, name: str) -> Path:
     for old in [c for c in checkpoints(folder, name) if c != file][1:]: old.unlink()
     return file
 
-COUNTS = ('epoch', 'step', 'steps', 'skipped', 'losses', 'best')  # what a checkpoint holds of a loop as it is
+COUNTS = ('epoch', 'step', 'steps', 'skipped', 'losses', 'best', 'answers')  # what a checkpoint holds of a loop as it is
 
 # %% ../nbs/04_train.ipynb #69ad102b
 def load_checkpoint(loop: Loop, folder: Path, name: str) -> bool:
@@ -401,11 +402,16 @@ def val_logits(loop: Loop, part: torch.nn.Module,  # the trained part, or its av
     if loop.val_feats is None: loop.val_feats = torch.from_numpy(shared_infer(loop, loop.model.backbone, images))
     return part.eval()(loop.val_feats.to(loop.accelerator.device)).float().cpu().numpy()
 
+def in_halves(logits: np.ndarray) -> torch.Tensor:  # (n, classes)
+    "Return logits in half precision, each image's largest as 0: there, where the answer is decided, they are finest."
+    return torch.from_numpy(logits - logits.max(1, keepdims=True)).clamp(min=-6e4).half()
+
 def validate(loop: Loop, loss: float, val, seconds: float) -> dict:
     "Score the averaged and the raw model, keep the weights if they are the best so far, return the row of history."
     part = loop.ema.module if loop.ema else loop.trained
-    raw = accuracy_and_loss(val_logits(loop, loop.trained, val[0]), val[1])
-    scored = accuracy_and_loss(val_logits(loop, part, val[0]), val[1]) if loop.ema else raw
+    logits = [val_logits(loop, p, val[0]) for p in ([loop.trained, part] if loop.ema else [part])]
+    raw, scored = (accuracy_and_loss(logits[i], val[1]) for i in (0, -1))
+    loop.answers.append(in_halves(logits[-1]))
     accuracy = scored['accuracy']
     if not loop.best or accuracy >= loop.best['accuracy']:
         loop.best = {'accuracy': accuracy, 'epoch': loop.epoch, 'weights': copy.deepcopy(part.state_dict())}
@@ -421,7 +427,7 @@ def fit(model: Classifier, train,  # images, labels, and the indices of the spli
         folder: Path, name: str = 'fit',
         feats=None,  # embeddings of the training images, where the backbone is frozen and nothing is varied
         on_epoch=None) -> dict:  # called with name, row of history and epochs; None: tell them as progress
-    "Train what is not frozen, from the checkpoint in `folder`; return the best epoch's weights of it, and the history."
+    "Train what is not frozen, from the checkpoint in `folder`; return its weights of the best and last epoch, and all answers."
     loop = start(model, cfg, epochs, max(1, len(train[-1]) // cfg.batch_size), lr_backbone, lr_head, layer_decay)
     load_checkpoint(loop, folder, name)
     source, divided = batch_source(loop, train, feats), Divided(loop.model, loop.accelerator)
@@ -439,8 +445,10 @@ def fit(model: Classifier, train,  # images, labels, and the indices of the spli
             tell = on_epoch or (lambda *_: progress(name, loop.epoch, epochs, note))
             if loop.accelerator.is_main_process: tell(name, row, epochs)
             keeper.after_epoch(epochs)
-    return {'weights': loop.best['weights'], 'history': loop.history, 'val_accuracy': loop.best['accuracy'],
-            'best_epoch': loop.best['epoch']}
+    last = loop.ema.module if loop.ema else loop.trained
+    return {'weights': loop.best['weights'], 'last_weights': last.state_dict(), 'history': loop.history, 'val_accuracy': loop.best['accuracy'],
+            'best_epoch': loop.best['epoch'], 'val_labels': val[1].cpu().numpy(),
+            'val_logits_by_epoch': torch.stack([a.cpu() for a in loop.answers]).numpy()}  # (epochs, n, classes)
 
 def batch_source(loop: Loop, train, feats) -> Loader:
     "Return a loader of embeddings, if there are any, or of images. Raise `UserError` if processes can't share batches."

@@ -305,10 +305,8 @@ def test_the_card_may_be_edited(folder):
 @pytest.mark.parametrize('native', [(32, 32), (48, 64)])
 def test_what_is_served_by_another_engine_is_what_was_evaluated(tmp_path, model, monkeypatch, name, native):
     if why := engines.lacking(name, model.device): pytest.skip(why)
-    monkeypatch.setattr(engines, 'EXPORTS', tmp_path/'exports')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
     place = save_production(tmp_path/'p', model.model, CFG, CLASSES, {}, native=native)
-    if name == 'openvino' and native == (48, 64):  # it ignores that the graph asks for antialiasing
-        return refused(lambda: ProductionModel(place, 'cpu', name), 'openvino answers otherwise than PyTorch')
     pixels = list(np.random.default_rng(4).integers(0, 256, (20, *native, 3), dtype=np.uint8))
     same = agreement(ProductionModel(place, 'cpu', name).probabilities(pixels),
                      ProductionModel(place, 'cpu').probabilities(pixels))
@@ -324,7 +322,8 @@ def test_a_backend_proves_itself_on_the_examples_of_the_folder(tmp_path, model, 
     kept = {'images': images, 'labels': np.zeros(5), 'logits': np.zeros((5, 10))}
     place = save_production(tmp_path/'p', model.model, CFG, CLASSES, {}, examples=kept)
     assert (place/EXAMPLES).is_file() and ProductionModel(place, 'cpu', 'spy').backend == 'spy'
-    assert all((x == 9).all() for x in seen) and sum(map(len, seen)) == 6  # one to start, and all to compare
+    seen = torch.cat(seen)  # one to start, all to compare, and four of noise
+    assert (seen[:6] == 9).all() and len(seen) == 10
 
 
 @pytest.mark.parametrize('name', ['torch', 'auto', 'wrong', 'late', 'onyx'])

@@ -289,15 +289,15 @@ def test_record_says_what_the_weights_are_worth(tmp_path):
     right = pretrain.probe_backbone(cfg, None)
     for row in fetch.shipped_record('book-digits')['probes']:
         if row['features'] == 'shipped weights':
-            # two images of 360: other processors round otherwise
-            assert abs(100 * right[f'{row["method"]}_{row["split"]}'].mean() - row['accuracy']) < 0.6, row
+            # two images of 200, five of 900: other processors round otherwise
+            assert abs(100 * right[f'{row["method"]}_{row["split"]}'].mean() - row['accuracy']) < 1.1, row
 
 
 def test_images_that_the_weights_have_seen_are_counted(tmp_path):
     seen = model.seen_in_pretraining(config.preset('quick', out=str(tmp_path/'same')))
-    assert seen == {'train': 1077, 'val': 0, 'test': 0}
+    assert seen == {'train': 100, 'val': 0, 'test': 0}  # and 597 that are in no split
     other = model.seen_in_pretraining(config.preset('quick', split_seed=7, out=str(tmp_path/'other')))
-    assert sum(other.values()) == 1077 and other['test'] > 100
+    assert other['test'] > 250
     assert set(model.seen_in_pretraining(config.preset('quick', weights='random',
                                                        out=str(tmp_path/'random'))).values()) == {0}
 

@@ -9,7 +9,6 @@ from dinocls.probe import (
     RATES, STRENGTHS, between_share, few_shot, knn, knn_curve, layouts, linear_probe, logistic, neighbours, sgd_probe,
     spaced,
     vote)
-from dinocls.stats import holm, pairs
 
 
 def unit(n: int, dim: int, seed: int = 0, offset: float = 0.):
@@ -211,16 +210,3 @@ def test_layouts_repeat_and_pictures_do_not_cover_each_other():
     place = (a['tsne'][shown] - a['tsne'].min(0)) / np.ptp(a['tsne'], axis=0)
     gaps = np.abs(place[:, None] - place[None]).max(-1)
     assert 1 < len(shown) < 80 and gaps[np.triu_indices(len(shown), 1)].min() >= 0.036
-
-
-def test_pairs_are_mcnemars_tests():
-    from scipy.stats import binomtest
-    rng = np.random.default_rng(0)
-    right = {name: rng.random(200) < p for name, p in (('a', 0.7), ('b', 0.8), ('c', 0.9))}
-    rows = pairs(right)
-    assert [(r['a'], r['b']) for r in rows] == [('a', 'b'), ('a', 'c'), ('b', 'c')]
-    for r in rows:
-        only = [(right[r['a']] & ~right[r['b']]).sum(), (~right[r['a']] & right[r['b']]).sum()]
-        assert (r['p'] == pytest.approx(binomtest(int(only[0]), int(sum(only))).pvalue)
-                and r['difference'] == pytest.approx(100 * (right[r['b']].mean() - right[r['a']].mean())))
-    np.testing.assert_allclose([r['holm'] for r in rows], holm([r['p'] for r in rows]))

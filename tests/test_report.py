@@ -8,13 +8,12 @@ import pytest
 from conftest import ROOT
 
 from dinocls.kit import config, figures
-from dinocls import stats
 from dinocls import report
 
 QUICK = ROOT/'outputs'/'record-quick'
 METRICS = [row for file in sorted(QUICK.glob('*/metrics.json')) for row in json.loads(file.read_text())]
 CLAIMS = report.listed(figures.read_claims(config.preset('quick', out=str(QUICK))))
-OLDER = 'the committed run is older than the claims of its chapters: renew it with `make record`'
+OLDER = 'the committed run is older than its chapters: renew it with `make record`'
 UNITS = {'%': '%', 'points': 'points', '/s': '/s'}
 
 
@@ -68,7 +67,7 @@ def test_the_summary_names_measured_numbers():
 
 def test_the_record_has_its_published_form():
     record = json.loads((QUICK/'experiment_results.json').read_text())
-    if 'claims' not in record: pytest.skip(OLDER)
+    if 'p_agrees' not in record['reported_and_measured'][0]: pytest.skip(OLDER)
     assert json.loads((QUICK/'14_report'/'experiment_results.schema.json').read_text()) == report.schema()
     jsonschema.validate(record, report.schema())
     for broken in ({'metrics': [{'chapter': 'x'}]}, {'stages': [{}]},
@@ -76,21 +75,48 @@ def test_the_record_has_its_published_form():
         with pytest.raises(jsonschema.ValidationError): jsonschema.validate(record | broken, report.schema())
 
 
+TOLD = {r['item']: r for r in report.reference()}
+
+
+def judged(item, value, n, **more):
+    return report.compared_row(TOLD[item], {'metric': TOLD[item]['metric'], 'value': value, 'n': n} | more, '')
+
+
 @pytest.mark.parametrize('value, n, expected',
-                         [(0.994, 10_000, 'agrees'), (0.9925, 10_000, 'agrees'), (0.98, 10_000, 'differs'),
-                          (0.90, 20, 'agrees')])
+                         [(0.994, 10_000, 'agrees'), (0.9925, 10_000, "can't tell"), (0.98, 10_000, 'differs'),
+                          (0.90, 20, "can't tell"), (0.994, 100, "can't tell")])
 def test_verdicts_know_chance(value, n, expected):
-    spec = next(r for r in report.reference() if r['item'] == 'accuracy')
-    low, high = stats.wilson(value, n)
-    assert report.verdict(100 * value, 100 * low, 100 * high, spec)[0] == expected
+    assert judged('accuracy', value, n)['verdict'] == expected
 
 
-def test_verdicts_without_an_interval_and_of_ranges():
-    told = {r['item']: r for r in report.reference()}
-    assert report.verdict(0.99404, None, None, told['weighted F1'])[0] == 'agrees'
-    assert report.verdict(0.9900, None, None, told['weighted F1']) == ('differs', 'by 0.0040; no interval')
-    assert report.verdict(96.8, 96.3, 97.2, told['after phase 1, val'])[0] == 'agrees'
-    assert report.verdict(88_030_217, None, None, told['total parameters']) == ('differs', 'by 1')
+@pytest.mark.parametrize('errors, expected', [(60, 'agrees'), (30, 'differs'), (40, "can't tell")])
+def test_counts_of_unlike_numbers_of_images_are_rates(errors, expected):
+    assert judged('errors', errors, 10_000)['verdict'] == expected
+    assert judged('errors', errors, 10_000)['low'] < errors < judged('errors', errors, 10_000)['high']
+
+
+def test_what_cannot_be_told_and_what_cannot_be_compared():
+    assert judged('weighted F1', 0.99404, 10_000)['why'] == 'it has no interval'
+    assert judged('weighted F1', 0.99404, 10_000, low=0.993, high=0.995)['verdict'] == 'agrees'
+    r = judged('correlation of variance and class accuracy', 0.05, 10, low=-0.6, high=0.66)
+    assert r['verdict'] == "can't tell" and r['p_differs'] > 0.05 < r['p_agrees']
+    assert judged('baseline: frozen backbone, val', 0.9811, 20)['verdict'] == "can't tell"
+    for item in ('images per second', 'blur', 'contrast, drop', 'mean'):
+        assert judged(item, 0.97, 10_000, low=0.96, high=0.98)['verdict'] == 'not comparable'
+    assert judged('after phase 1, val', 0.968, 10_000)['verdict'] in ('agrees', "can't tell")
+    assert judged('total parameters', 88_030_217, 0)['verdict'] == 'differs'
+    assert '98.10' in report.markdown_rows([judged('baseline: frozen backbone, val', 0.9811, 20)])
+
+
+def test_equal_runs_seldom_differ_and_shifted_ones_seldom_agree():
+    "Made-up runs over 10,000 images beside made-up references of 5,000."
+    rng, said = np.random.default_rng(0), {0: [], 0.003: []}
+    for shift, verdicts in said.items():
+        for _ in range(300):
+            spec = TOLD['accuracy'] | {'reported': round(100 * rng.binomial(5000, 0.99) / 5000, 2)}
+            row = {'metric': 'accuracy', 'value': rng.binomial(10_000, 0.99 + shift) / 10_000, 'n': 10_000}
+            verdicts.append(report.compared_row(spec, row, '')['verdict'])
+    assert np.mean([v == 'differs' for v in said[0]]) < 0.08 > np.mean([v == 'agrees' for v in said[0.003]])
 
 
 def test_the_claims_of_the_committed_run_hold_or_cannot_be_told():

@@ -107,6 +107,7 @@ def changed(whole, index, change=None, labels=None) -> Dataset:
     return replace(whole, images=images, labels=new)
 
 
+SIZES = {'train_size': 400, 'val_size': 360, 'test_size': 360}
 PLANTED = {
     'darker': (lambda x: (x * 0.9).astype(np.uint8), None, 'look|brightness'),
     'less contrast': (lambda x: (x * 0.8 + 20).astype(np.uint8), None, 'look|brightness'),
@@ -122,7 +123,7 @@ PLANTED = {
 @pytest.mark.parametrize('split', ['val', 'test'])
 @pytest.mark.parametrize('name', PLANTED)
 def test_planted_drift_is_found(digits, name, split):
-    parts = make_splits(digits, config.preset('quick', train_size=400))
+    parts = make_splits(digits, config.preset('quick', **SIZES))
     change, labels, what = PLANTED[name]
     index = parts[split]
     drifted = changed(digits, index, change, None if labels is None else labels(digits.labels[index]))
@@ -130,7 +131,7 @@ def test_planted_drift_is_found(digits, name, split):
 
 
 def test_planted_copies_are_found(digits):
-    parts = make_splits(digits, config.preset('quick'))
+    parts = make_splits(digits, config.preset('quick', **SIZES))
     few = np.array(digits.images)
     few[parts['test'][:2]] = few[parts['train'][:2]]  # less than 1 %: reported
     rows = check_splits(compare_splits(replace(digits, images=few), parts))
@@ -141,7 +142,7 @@ def test_planted_copies_are_found(digits):
 
 
 def test_a_drift_that_is_meant_is_reported(digits):
-    parts = make_splits(digits, config.preset('quick', train_size=400))
+    parts = make_splits(digits, config.preset('quick', **SIZES))
     moved = changed(digits, parts['test'], labels=(digits.labels[parts['test']] + 1) % 10)
     rows = compare_splits(moved, parts)
     with pytest.raises(files.UserError, match='on_drift=report'): check_splits(rows)
@@ -172,7 +173,7 @@ def test_the_mirror_raises_no_alarm_over_honest_digits(digits):
     "A 0, a 1 and an 8 are nearly symmetric; yet of 3,600 honest images hardly one is reported for its mirror image."
     reported = np.zeros(2, int)
     for seed in range(10):
-        parts = make_splits(digits, config.preset('quick', split_seed=seed))
+        parts = make_splits(digits, config.preset('quick', **SIZES | {'split_seed': seed, 'train_size': 0}))
         bank, queries = (small_pixels(digits.images[parts[s]]) for s in ('train', 'test'))
         found = nearest_pairs(bank, queries, turned=mirrored(queries))
         reported += [(found['flagged'] & turned).sum() for turned in (~found['mirrored'], found['mirrored'])]
@@ -197,7 +198,7 @@ def test_what_the_weights_saw_without_labels_counts(monkeypatch):
     record = model.shipped_record('book-digits')
     changes = {'train_size': 100, 'pretrain_size': 400}
     monkeypatch.setattr(model, 'shipped_record', lambda name: record | {'config': record['config'] | changes})
-    cfg = config.preset('quick')  # its splits hold all images
+    cfg = config.preset('quick', train_size=0, pretrain_size=0)  # splits that hold all images
     assert sum(seen_in_pretraining(cfg).values()) == 400
     changes['pretrain_size'] = 0
     assert sum(seen_in_pretraining(cfg).values()) == 100

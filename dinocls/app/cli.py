@@ -12,7 +12,7 @@ import typer
 
 from ..kit import config as configuration
 from ..kit.config import PRESETS, Config, parse_overrides, root
-from ..kit.files import UserError, as_os_error, nearest, reason, replacing
+from ..kit.files import UserError, as_os_error, expand, nearest, reason, replacing
 from ..kit.machine import hardware, rank, versions
 from ..kit.stage import open_run
 from .driver import chapters, duration, jobs, run_book, short, stages
@@ -24,12 +24,12 @@ def settings(preset: str, config: Path | None, fields: list[str] | None, out: Pa
     given = _read_yaml(config) if config else {}
     if config and preset and given.get('preset', preset) != preset:
         raise UserError(f'--preset {preset} contradicts preset: {given["preset"]} in {config}: give one of them.')
-    name = given.pop('preset', None) or preset or 'quick'
+    name = str(given.pop('preset', preset or 'quick'))
     given |= parse_overrides(shlex.join(fields or []))
     for field in ('data_root', 'weights'):  # chapters run in the project's folder, paths are meant from this one
         value = given.get(field, '')
         if value not in ('', 'random', 'official') and '://' not in str(value) and Path.cwd() != root():
-            given[field] = str(Path(value).expanduser().absolute())
+            given[field] = str(expand(value).absolute())
     return configuration.preset(name, **given | ({'out': str(out)} if out else {}))
 
 
@@ -38,9 +38,11 @@ def _read_yaml(path: Path) -> dict:
     import yaml
     try: given = yaml.safe_load(path.read_text(encoding='utf-8'))
     except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror}): give a YAML file.') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f'{path} is not YAML ({reason(e)}): write lines of the form field: value.') from None
     if not isinstance(given, dict): raise UserError(f'{path} holds no fields: write lines of the form field: value.')
+    empty = [str(k) for k, v in given.items() if v is None]
+    if empty: raise UserError(f'{path} gives {empty[0]} no value: write one behind the colon, or delete the line.')
     return {str(k): v for k, v in given.items()}
 
 
@@ -139,14 +141,16 @@ def find_pictures(paths: list[str]) -> list:  # Path, or bytes of what came in
     """Return the pictures that are meant: files, all that is in folders, what patterns match, and standard input for a
     dash. What is not there stays, to be told."""
     import glob
+    from PIL import Image
     from ..kit.pictures import pictures
+    Image.init()  # which endings are a picture's
     found = []
     for text in paths:
-        path = Path(text).expanduser()
+        path = expand(text)
         if text == '-': found.append(sys.stdin.buffer.read())
         elif path.is_dir():
             folders = (path, *sorted(p for p in path.rglob('*') if p.is_dir()))
-            inside = [file for folder in folders for file in pictures(folder)]
+            inside = [f for folder in folders for f in pictures(folder) if f.suffix.lower() in Image.EXTENSION]
             if not inside: raise UserError(f'{text} is a folder without pictures: give one that holds some.')
             found += inside
         elif path.exists(): found.append(path)
@@ -220,12 +224,11 @@ def export(kind: Annotated[str, typer.Argument(help='onnx or onnx-int8')],
            preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Write the model, its preprocessing included, as one file for other runtimes."
     from ..inference import ProductionModel
-    from ..kit.engines import exported
+    from ..kit.engines import export_to
     if kind not in ('onnx', 'onnx-int8'):
         raise UserError(f'There is no export {kind!r}: {nearest(kind, ["onnx", "onnx-int8"])}')
     served = ProductionModel(served_path(model, settings(preset, config, set, out)), 'cpu')
-    source = exported(served.subject, int8=kind == 'onnx-int8')
-    with replacing(to) as tmp, as_os_error(): shutil.copyfile(source, tmp)
+    export_to(served.subject, to, int8=kind == 'onnx-int8')
     height, width = served.native
     print(f'{short(to)}: {to.stat().st_size / 1e6:.1f} MB; images uint8 (n, 3, {height}, {width}) to logits float32 '
           f'(n, {len(served.classes)}); probabilities are softmax(logits / {served.temperature:.4g}).')
@@ -268,7 +271,9 @@ def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
                                          'environment, where no list of processes shows it')] = '',
           device: DeviceOption = 'auto', backend: BackendOption = 'auto',
           page: Annotated[bool, Option(
-              '--page/--no-page', help='a page for the browser, where Gradio is installed')] = True,
+              '--page/--no-page', help='a page for the browser')] = True,
+          name: Annotated[list[str] | None, Option(
+              '--name', help='what clients call this machine beside its numbers; may be repeated')] = None,
           limit: Annotated[list[str] | None, Option(
               '--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None,
           preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
@@ -277,7 +282,7 @@ def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
     from .service import serve as start
     limits = parse_overrides(shlex.join(limit or []))
     served = ProductionModel(served_path(folder, settings(preset, config, set, out)), device, backend)
-    start(served, host, port, api_key, page, **limits)
+    start(served, host, port, api_key, page, name or (), **limits)
 
 
 @app.command()
@@ -335,6 +340,7 @@ def sync(check: Annotated[bool, Option(
 
 def main():
     "Run the command line."
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')  # not every terminal has all signs
     try: app()
     except UserError as e:
         print(f'dinocls: {e}', file=sys.stderr)

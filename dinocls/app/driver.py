@@ -18,8 +18,8 @@ import psutil
 from ..kit.config import Config, format_overrides, root
 from ..kit.fetch import shipped_record
 from ..kit.figures import Findings, read_findings
-from ..kit.files import UserError, digest, file_digest, nearest, read_json, reason, replacing, write_json
-from ..kit.machine import cores, git_commit, hardware, versions
+from ..kit.files import UserError, digest, file_digest, locked, nearest, read_json, reason, replacing, write_json
+from ..kit.machine import cores, git_commit, hardware, memory_free, versions
 from ..kit.stage import PACKAGE, STAGES, content_of, forget, open_run
 from .site import write_pages
 
@@ -120,7 +120,7 @@ def tidy(notebook: Path, findings: Findings | None = None) -> str:
             data = output.get('data', {})
             if 'image/png' in data: data['image/png'] = smaller(data['image/png'])
     text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
-    return text.replace(str(root()) + os.sep, '').replace(str(Path.home()), '~')
+    return text.replace(str(root()) + os.sep, '').replace(os.path.expanduser('~'), '~')
 
 
 def smaller(png: str) -> str:
@@ -145,7 +145,7 @@ def jobs(cfg: Config) -> int:
     "Return how many chapters run side by side: one per core and 2 GB of free memory, or one large model per GPU."
     gpu = cfg.device.startswith('cuda') or (cfg.device == 'auto' and shutil.which('nvidia-smi') is not None)
     if gpu and cfg.image_size > 64: return 1
-    return max(1, min(cores(), int(psutil.virtual_memory().available / 2**31), 8))
+    return max(1, min(cores(), memory_free() // 2**31, 8))
 
 
 class Job:
@@ -314,7 +314,7 @@ class Show:
 def run_book(cfg: Config, which: str = '', force: bool = False,
              eager: bool = False) -> int:  # let chapters wait for the stages they need, not for the chapters they read
     "Execute the chosen chapters of the book; return the exit status. Raise `UserError` before anything starts."
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
     try: import nbconvert, papermill  # noqa: F401
     except ImportError: raise UserError("Executing the book needs papermill and Jupyter: "
                                         "pip install 'dinocls[book]'.") from None
@@ -326,7 +326,7 @@ def run_book(cfg: Config, which: str = '', force: bool = False,
     cache = open_run(cfg)/'stages'
     cache.mkdir(exist_ok=True)
     try:
-        with FileLock(cache/'run.lock', timeout=0): return _run_locked(Run(cfg, chosen), force)
+        with locked(cache/'run.lock', timeout=0): return _run_locked(Run(cfg, chosen), force)
     except Timeout: raise UserError(f'Another run is using {cfg.folder}: wait for it to end, or choose another folder '
                                     'with --out.') from None
 

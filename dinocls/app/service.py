@@ -7,23 +7,22 @@ import functools
 import gc
 import hmac
 import io
-import json
+import ipaddress
 import logging
 import math
+import signal
 import socket
-import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
-from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
 
 from ..kit.files import UserError, nearest, reason
 from ..kit.machine import cores, version
-from ..kit.pictures import FORMATS, to_pixels
+from ..kit.pictures import as_png, to_pixels
 
 
 class Limits(BaseModel, frozen=True, extra='forbid'):
@@ -36,7 +35,11 @@ class Limits(BaseModel, frozen=True, extra='forbid'):
     max_batch: PositiveInt = 32  # pictures that the model sees at once
     wait_ms: PositiveFloat = 2.0  # milliseconds that a batch waits for company while there is some to be expected
     timeout: PositiveFloat = 30.0  # seconds in which a body has to arrive, and then an answer to be found
-    readers: PositiveInt = min(4, cores())  # threads that decode
+    readers: PositiveInt = min(4, cores())  # processes that decode
+    reader_memory: PositiveInt = 2**30  # bytes that a picture may take while it is decoded
+    reader_seconds: PositiveFloat = 5.0  # of a processor, for decoding a picture
+    max_connections: PositiveInt = 512  # at once; beyond, whoever has kept the service waiting longest has to go
+    idle_seconds: PositiveFloat = 10.0  # in which the head of a request has to arrive, or the next request
 
     @model_validator(mode='after')
     def _answerable(self):
@@ -60,22 +63,56 @@ def limits_from(given: dict) -> Limits:
 class Refusal(Exception):
     "A request that gets no answer: a status of HTTP, a sentence, and headers."
     def __init__(self, status: int, sentence: str, headers: dict | None = None):
-        super().__init__(sentence)
+        super().__init__(status, sentence, headers)  # all of them: it has to come over from a reader
         self.status, self.headers = status, headers or {}
+
+    def __str__(self): return self.args[1]
+
+
+SERVED = 'AVIF', 'GIF', 'JPEG', 'PNG', 'WEBP'  # what cameras and browsers make; the fewer decoders the better
 
 
 def read_picture(data: bytes, native: tuple, max_pixels: int) -> np.ndarray:  # uint8 (height, width, 3)
     "Decode a picture to the native size. Raise `Refusal` if it claims too many pixels (413) or is none (422)."
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
+    Image.init()
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image: claimed = image.width * image.height
+        with Image.open(io.BytesIO(data), formats=[f for f in SERVED if f in Image.OPEN]) as image:
+            claimed = image.width * image.height
+            if claimed <= max_pixels: return to_pixels(image, native, 'the picture')
+    except UserError as e:
+        if isinstance(e.__context__, MemoryError): raise MemoryError from None
+        raise Refusal(422, str(e)) from None
+    except MemoryError: raise
+    except UnidentifiedImageError:
+        raise Refusal(422, f'Cannot use the picture: it is not a picture in one of the formats {", ".join(SERVED)}.'
+                      ) from None
     except Image.DecompressionBombError: claimed = math.inf
-    except Exception: claimed = 0  # `to_pixels` says what is wrong
-    if claimed > max_pixels:
-        many = 'far too many' if claimed == math.inf else f'{claimed:,}'
-        raise Refusal(413, f'The picture has {many} pixels, and {max_pixels:,} are accepted: send it smaller.')
-    try: return to_pixels(data, native, 'the picture')
-    except UserError as e: raise Refusal(422, str(e)) from None
+    except Exception as e: raise Refusal(422, f'Cannot use the picture: {reason(e)}.') from None
+    many = 'far too many' if claimed == math.inf else f'{claimed:,}'
+    raise Refusal(413, f'The picture has {many} pixels, and {max_pixels:,} are accepted: send it smaller.')
+
+
+@functools.cache
+def confine(memory: int):
+    "Let this process, a reader, take no more than some bytes beyond what it has, as far as the system can see to it."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which ends its readers
+    warnings.simplefilter('ignore')  # each hostile picture would leave one behind, for ever
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS
+        import psutil
+        import resource
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + memory, resource.RLIM_INFINITY))
+
+
+def read_confined(data: bytes, native: tuple, max_pixels: int, memory: int, seconds: float) -> np.ndarray:
+    "Call `read_picture` in a process that the system ends after some seconds of work."
+    confine(memory)
+    timed = hasattr(signal, 'setitimer')  # not on Windows, where the time-out of the request ends it
+    if timed: signal.setitimer(signal.ITIMER_PROF, seconds)
+    try: return read_picture(data, native, max_pixels)
+    finally:
+        if timed: signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 async def within(pool: ThreadPoolExecutor, fn, *args):
@@ -92,11 +129,13 @@ class Batcher:
     def __init__(self, work,  # list of items → list of results, of the same length
                  max_batch: int = 32, max_queue: int = 256,
                  wait: float = 0.002,  # seconds
+                 patience: float = math.inf,  # seconds that an answer may take
                  watch=lambda items, seconds: None):  # told of each batch
         self.work, self.max_batch, self.max_queue, self.wait, self.watch = work, max_batch, max_queue, wait, watch
         self.queue, self.worker = asyncio.Queue(), ThreadPoolExecutor(1, 'dinocls-model')
         self.held, self.closing = 0, False  # places taken
-        self.size, self.ended, self.pace = 1, 0.0, 0.01  # of the last batch; seconds per item, lately
+        self.size, self.ended = 1, 0.0  # of the last batch
+        self.patience, self.pace = patience, 0.0  # seconds that a request took, by the places taken, lately
 
     async def __call__(self, item):
         "Return what `work` makes of an item, in a batch with others."
@@ -104,17 +143,27 @@ class Batcher:
         self.queue.put_nowait((item, future))
         return await future
 
+    def full(self, places: int = 1) -> bool:
+        "Tell whether some more places are not to be had, or what is taken in would be answered too late."
+        late = self.held >= self.max_batch and self.held * self.pace > self.patience
+        return late or self.held + places > self.max_queue
+
+    def check(self, places: int = 1):
+        "Raise `Refusal` (429) if there are no places."
+        if not self.full(places): return
+        wait = min(60, max(1, math.ceil(self.held * self.pace)))
+        raise Refusal(429, f'The service is full: ask again in {wait} s.', {'Retry-After': str(wait)})
+
     @contextlib.contextmanager
     def hold(self, places: int = 1):
-        "Take places in the service for the length of a block. Raise `Refusal` if it is closing (503) or full (429)."
-        if self.closing:
-            raise Refusal(503, 'The service is shutting down: ask another one, or this one later.', LATER)
-        if self.held + places > self.max_queue:
-            wait = min(60, math.ceil(self.held * self.pace))
-            raise Refusal(429, f'The service is full: ask again in {wait} s.', {'Retry-After': str(wait)})
+        "Take places in the service for the length of a block. Raise `Refusal` (429) if there are none."
+        self.check(places)
         self.held += places
+        began, ahead = time.monotonic(), self.held
         try: yield
-        finally: self.held -= places
+        finally:
+            self.held -= places
+            self.pace += 0.1 * ((time.monotonic() - began) / ahead - self.pace)
 
     async def __aenter__(self):
         self.task = asyncio.create_task(self._run())
@@ -149,9 +198,8 @@ class Batcher:
             for (_, future), result in zip(batch, results):
                 if future.done(): continue
                 (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
-            seconds, self.ended = time.perf_counter() - began, time.monotonic()
-            self.pace = 0.8 * self.pace + 0.2 * seconds / self.size
-            self.watch(self.size, seconds)
+            self.ended = time.monotonic()
+            self.watch(self.size, time.perf_counter() - began)
 
 
 async def files(request, most: int, limits: Limits) -> list[bytes]:
@@ -186,8 +234,10 @@ class Service:
         self.seconds = Histogram('dinocls_request_seconds', 'Seconds from a request to its answer', ['path'], **here)
         self.batches = Histogram('dinocls_batch_pictures', 'Pictures in a batch', buckets=sizes, **here)
         self.work = Histogram('dinocls_batch_seconds', 'Seconds that the model took for a batch', **here)
-        self.readers = ThreadPoolExecutor(limits.readers, 'dinocls-reader')
-        self.batcher = Batcher(model.answers, limits.max_batch, limits.max_queue, limits.wait_ms / 1000, self.count)
+        from anyio import CapacityLimiter
+        self.readers = CapacityLimiter(limits.readers)
+        self.batcher = Batcher(model.answers, limits.max_batch, limits.max_queue, limits.wait_ms / 1000,
+                               limits.timeout / 2, self.count)
         Gauge('dinocls_held_pictures', 'Pictures in the service', **here).set_function(lambda: self.batcher.held)
         self.example = model.answers([np.full((*model.native, 3), 128, np.uint8)])[0]  # the first call, a slow one
 
@@ -197,8 +247,15 @@ class Service:
         self.work.observe(seconds)
 
     async def read(self, data: bytes) -> np.ndarray:
-        "Decode a picture."
-        return await within(self.readers, read_picture, data, self.model.native, self.limits.max_pixels)
+        """Decode a picture in a process of its own. Raise `Refusal`, also where that process had to be ended; another
+        takes its place."""
+        from anyio import BrokenWorkerProcess, to_process
+        limits, native = self.limits, self.model.native
+        try: return await to_process.run_sync(read_confined, data, native, limits.max_pixels, limits.reader_memory,
+                                              limits.reader_seconds, cancellable=True, limiter=self.readers)
+        except (BrokenWorkerProcess, MemoryError):
+            raise Refusal(413, f'Decoding the picture takes more than {limits.reader_seconds:g} s or '
+                               f'{limits.reader_memory / 2**20:,.0f} MiB: send it smaller, or saved anew.') from None
 
     async def classify(self, data: bytes) -> dict:
         "Return the answer for the bytes of a picture."
@@ -246,18 +303,12 @@ class Service:
 
 API = {'/predict': 'POST', '/predict/batch': 'POST', '/info': 'GET', '/metrics': 'GET', '/openapi.json': 'GET',
        '/healthz': 'GET', '/readyz': 'GET'}
-WITHOUT_KEY, EVENT = ('/healthz', '/readyz'), '/gradio_api/queue/join'
-PAGE = ('/', '/config', '/theme.css', '/favicon.ico', '/manifest.json', '/assets/', '/static/', EVENT,
-        *(f'/gradio_api/{name}' for name in ('info', 'startup-events', 'heartbeat/', 'upload', 'upload_progress',
-                                             'queue/data', 'file=')))
-OFFLINE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # the page loads nothing from elsewhere
-
-
-def is_page(path: str) -> bool:
-    """Tell whether an address belongs to the page. Gradio opens more, among them one that fetches from other servers
-    for a client; they stay shut."""
-    if path.startswith('/gradio_api/file=http'): return False
-    return any(path == p or p != '/' and p[-1] in '/=' and path.startswith(p) for p in PAGE)
+PAGE = {'/look': 'POST', '/page.json': 'GET'}
+FILES = {'/': 'GET', '/page.js': 'GET', '/page.css': 'GET', '/icon.svg': 'GET'}
+ALWAYS = ('/healthz', '/readyz')  # without a key, and under any name
+SAFE = {'X-Content-Type-Options': 'nosniff', 'Cross-Origin-Resource-Policy': 'same-origin',
+        'Content-Security-Policy': "default-src 'self'; img-src 'self' data: blob:; connect-src 'self' data:; "
+                                   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
 
 def given_key(headers) -> str:
@@ -269,81 +320,95 @@ def given_key(headers) -> str:
     return headers.get('x-api-key', '')
 
 
-@functools.cache
-def upload_folder() -> tempfile.TemporaryDirectory:
-    "Make a folder for the uploads of this process, which other users cannot read, and which goes when it ends."
-    return tempfile.TemporaryDirectory(prefix='dinocls-', ignore_cleanup_errors=True)
+def is_named(host: str, names) -> bool:
+    """Tell whether a Host is one of the names, an address in numbers, or none. Any other may be a foreign site's that
+    lets its name point here, so that the browser of whoever visits it takes the service for a part of it."""
+    with contextlib.suppress(ValueError):
+        name = (urlsplit(f'//{host}').hostname or '').rstrip('.')
+        return name in names or bool(ipaddress.ip_address(name))
+    return False
 
 
-def is_upload(path) -> bool:
-    "Tell whether a path is that of a file which was uploaded to the page, or which the page made."
-    try: return Path(path).resolve().is_relative_to(Path(upload_folder().name).resolve())
-    except (OSError, ValueError, TypeError): return False
+class Guesses:
+    "Counts wrong keys by address: ten at once, then one in a second."
+    def __init__(self): self.until = {}  # address → when it will have a clean slate
 
-
-def only_uploads(value):
-    "Return an event of the page without addresses. Raise `Refusal` if it names a path that is no upload."
-    if isinstance(value, list): return [only_uploads(v) for v in value]
-    if not isinstance(value, dict): return value
-    if value.get('path') is not None and not is_upload(value['path']):
-        raise Refusal(422, 'The page takes uploads, and neither paths nor addresses.')
-    return {k: only_uploads(v) for k, v in value.items() if k != 'url'}
-
-
-def checked(event: bytes) -> bytes:
-    "Return an event of the page as far as it is harmless: Gradio would read any file that it names. Raise `Refusal`."
-    if len(event) > 2**20: raise Refusal(413, 'The event is too large: the page sends smaller ones.')
-    try: return json.dumps(only_uploads(json.loads(event))).encode()
-    except (ValueError, RecursionError): raise Refusal(400, 'The event is not JSON.') from None
+    def check(self, given: str, key: str, address: str):
+        "Raise `Refusal` for a missing or wrong key (401), and unseen for one after too many wrong ones (429)."
+        now = time.monotonic()
+        until = max(now, self.until.get(address, 0))
+        if until > now + 10:
+            raise Refusal(429, 'Too many wrong keys came from this address: wait 10 s.', {'Retry-After': '10'})
+        if hmac.compare_digest(given.encode(), key.encode()): return
+        if given: self.until[address] = until + 1
+        if len(self.until) > 10_000: self.until = dict(list(self.until.items())[5000:])
+        raise Refusal(401, 'The key is missing or wrong: send it as X-API-Key, as bearer token, or as the password '
+                           'of HTTP Basic.', {'WWW-Authenticate': 'Basic realm="dinocls", charset="UTF-8"'})
 
 
 class Gate:
-    "Middleware that lets requests in: known addresses, the right key, bodies that are small enough."
-    def __init__(self, app, service: Service, key: str = '', page: bool = False):
-        self.app, self.service, self.key, self.page = app, service, key, page
+    "Middleware that lets requests in: known names and addresses, the right key, bodies that are small enough."
+    def __init__(self, app, service: Service, key: str = '', page: bool = False, names=()):
+        self.app, self.service, self.key, self.guesses = app, service, key, Guesses()
+        self.methods = API | (PAGE | FILES if page else {})  # path → method
+        self.names = {'', 'localhost', socket.gethostname().lower(), *(n.lower() for n in names)}
 
-    def check(self, path: str, method: str, headers):
-        "Raise `Refusal` for an address that there is not, another method, or a wrong key."
-        if path not in API and not (self.page and is_page(path)):
+    def allowed(self, path: str) -> list:
+        "Return the methods of an address."
+        return {'GET': ['GET', 'HEAD'], 'POST': ['POST']}.get(self.methods.get(path), []) + ['OPTIONS']
+
+    def check(self, scope, headers):
+        "Raise `Refusal` for another name, an address that there is not, another method, or a wrong key."
+        path, method, closing = scope['path'], scope['method'], self.service.batcher.closing
+        if path not in ALWAYS and not is_named(headers.get('host', ''), self.names):
+            raise Refusal(421, 'The service does not go by this name: --name tells it another one.')
+        if path not in self.methods and (path, method) != ('*', 'OPTIONS'):
             raise Refusal(404, 'There is nothing at this address: /openapi.json lists what there is.')
-        if API.get(path, method) != method:
-            raise Refusal(405, f'{path} answers {API[path]} only.', {'Allow': API[path]})
-        wrong = self.key and not hmac.compare_digest(given_key(headers).encode(), self.key.encode())
-        if wrong and path not in WITHOUT_KEY:
-            raise Refusal(401, 'The key is missing or wrong: send it as X-API-Key, as bearer token, or as the password '
-                               'of HTTP Basic.', {'WWW-Authenticate': 'Basic realm="dinocls", charset="UTF-8"'})
+        if method not in (allowed := self.allowed(path)):
+            raise Refusal(405, f'{path} answers {", ".join(allowed)} only.', {'Allow': ', '.join(allowed)})
+        if self.key and path not in ALWAYS and method != 'OPTIONS':
+            self.guesses.check(given_key(headers), self.key, (scope.get('client') or [''])[0])
+        if method == 'POST' and closing:
+            raise Refusal(503, 'The service is shutting down: ask another one, or this one later.', LATER)
+
+    async def enter(self, scope, headers, receive, send):
+        "Answer a request that was let in; one with a body takes its place when the body is there."
+        from starlette.responses import Response
+        if scope['method'] == 'OPTIONS':  # no other site may ask: no header of CORS allows it
+            allow = {'Allow': ', '.join(self.allowed(scope['path']))}
+            return await Response(status_code=204, headers=allow)(scope, receive, send)
+        async def pass_on(body, **changes):
+            left = iter([{'type': 'http.request', 'body': body, 'more_body': False}])
+            async def again(): return next(left, None) or await receive()
+            await self.app(scope | changes, again, send)
+        if scope['method'] != 'POST': return await pass_on(b'', method='GET')
+        self.service.batcher.check()
+        async with self.service.body(headers, receive) as body:
+            with self.service.batcher.hold(): await pass_on(body)
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)
         from starlette.datastructures import Headers, MutableHeaders
         from starlette.responses import JSONResponse
-        service, path, headers, began, status = self.service, scope['path'], Headers(scope=scope), time.monotonic(), 0
-        kind = path if path in API else 'page' if is_page(path) else 'other'
+        path, headers, began, status = scope['path'], Headers(scope=scope), time.monotonic(), 0
+        kind = path if path in self.methods else 'other'
 
         async def marked(message):
             nonlocal status
             if message['type'] == 'http.response.start':
-                if path not in API and message['status'] >= 500:  # its events bring their failures in other ways
-                    raise Refusal(400, 'The page cannot do that.')
                 status, out = message['status'], MutableHeaders(scope=message)
-                out['X-Content-Type-Options'] = 'nosniff'
-                out.update({'Cache-Control': 'no-store'} if path in API else {'Content-Security-Policy': OFFLINE})
+                out.update(SAFE | {'Cache-Control': 'no-cache' if path in FILES else 'no-store'})
+            elif scope['method'] == 'HEAD': message = message | {'body': b''}
             await send(message)
 
         try:
-            self.check(path, scope['method'], headers)
-            place = service.batcher.hold() if API.get(path) == 'POST' else contextlib.nullcontext()
-            with place:
-                async with service.body(headers, receive) as body:
-                    if path == EVENT: body = checked(body)
-                    left = iter([{'type': 'http.request', 'body': body, 'more_body': False}])
-                    async def again(): return next(left, None) or await receive()
-                    await self.app(scope, again, marked)
+            self.check(scope, headers)
+            await self.enter(scope, headers, receive, marked)
         except Refusal as e:
             if not status: await JSONResponse({'detail': str(e)}, e.status, e.headers)(scope, receive, marked)
         finally:
-            service.requests.labels(kind, status or 500).inc()
-            service.seconds.labels(kind).observe(time.monotonic() - began)
+            self.service.requests.labels(kind, status or 500).inc()
+            self.service.seconds.labels(kind).observe(time.monotonic() - began)
 
 
 class Answer(BaseModel):
@@ -367,9 +432,9 @@ class Problem(BaseModel):
 
 REFUSED = {status: {'model': Problem, 'description': f'{why}.'} for status, why in {
     400: 'The body cannot be read', 401: 'The key is missing or wrong', 408: 'The body arrived too slowly',
-    413: 'Too many bytes, pixels or files', 415: 'Neither a form nor a picture', 422: 'No picture, or a damaged one',
-    429: 'Full: Retry-After says for how long', 503: 'Shutting down, or the model failed',
-    504: 'No answer in time'}.items()}
+    413: 'Too many bytes, pixels or files, or too much to decode', 415: 'Neither a form nor a picture',
+    422: 'No picture, or a damaged one', 429: 'Full: Retry-After says for how long',
+    503: 'Shutting down, or the model failed', 504: 'No answer in time'}.items()}
 
 
 def brought(kind: type[BaseModel], *media: str) -> dict:
@@ -435,28 +500,28 @@ def extra():
 @extra()
 def create_app(model,  # a `ProductionModel`
                api_key: str = '',  # empty: everyone may ask
-               page: bool = True,  # a page at /, where Gradio is installed
+               page: bool = True,  # a page at /
+               names=(),  # that clients may call the service by, beside this machine's
                **limits):  # see `Limits`
     "Return the service of a model as a FastAPI app. Raise `UserError` for a missing library or a wrong limit."
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse
     from .page import add_page
     service = Service(model, limits_from(limits))
-    warnings.filterwarnings('ignore', module=r'PIL\.')  # each hostile picture would leave one behind, for ever
 
     @contextlib.asynccontextmanager
     async def life(app):
-        with service.readers:
-            async with service.batcher: yield
-        if app.state.page: upload_folder().cleanup()  # a signal ends the process without further ado
+        async with service.batcher:
+            await service.read(as_png(np.zeros((1, 1, 3), np.uint8)))  # starts a reader
+            yield
 
     what = f'Classifies pictures: {model.config["backbone"]}, {len(model.classes)} classes.'
     app = FastAPI(title='dinocls', version=version(), description=what, lifespan=life,
                   docs_url=None, redoc_url=None)  # those pages load their scripts from another server
-    app.state.service, app.state.page = service, None
+    app.state.service = service
     add_endpoints(app, service)
-    if page := page and find_spec('gradio') is not None: add_page(app, service)
-    app.add_middleware(Gate, service=service, key=api_key, page=page)
+    if page: add_page(app, service)
+    app.add_middleware(Gate, service=service, key=api_key, page=page, names=names)
 
     @app.exception_handler(Exception)
     async def failed(request, error):  # the server logs it
@@ -467,7 +532,7 @@ def create_app(model,  # a `ProductionModel`
 def listen(host: str, port: int) -> socket.socket:
     "Return a socket that listens. Raise `UserError` if there is none to be had."
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    try: made = socket.create_server((host, port), family=family, backlog=1024)
+    try: made = socket.create_server((host, port), family=family, backlog=256)
     except (OSError, OverflowError, UnicodeError) as e:
         why = f'Cannot listen on {host}, port {port} ({reason(e)})'
         raise UserError(f'{why}: choose another --port, or --host.') from None
@@ -477,27 +542,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 @extra()
 def serve(model, host: str = '127.0.0.1', port: int = 8000,  # 0: any that is free
-          api_key: str = '', page: bool = True, **limits):
+          api_key: str = '', page: bool = True, names=(), **limits):
     "Serve a model until SIGINT or SIGTERM. Raise `UserError` for a missing library, a port taken or a wrong limit."
-    import uvicorn
+    from .server import Server
     with listen(host, port) as listener:
-        app = create_app(model, api_key, page, **limits)
+        app = create_app(model, api_key, page, (host, *names), **limits)
         gc.collect()
         gc.freeze()  # else each full collection looks at all that the libraries made, and nobody is answered meanwhile
-        longest = math.ceil(2 * app.state.service.limits.timeout) + 5
-        config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, ws='none',
-                                lifespan='on', timeout_graceful_shutdown=longest)
-
-        class Server(uvicorn.Server):
-            def handle_exit(self, *args):
-                "Let nobody in any more, and end the page's open connections."
-                app.state.service.batcher.closing = True
-                if app.state.page: app.state.page.stop_event.set()
-                super().handle_exit(*args)
-
         address, port = listener.getsockname()[:2]
         url = f'http://{f"[{address}]" if ":" in address else address}:{port}'
-        print(url, 'answers and shows a page;' if app.state.page else 'answers;', 'Ctrl-C stops it.', flush=True)
+        print(url, 'answers and shows a page;' if page else 'answers;', 'Ctrl-C stops it.', flush=True)
         if not api_key and host not in ('127.0.0.1', '::1', 'localhost'):
             print('Whoever reaches this address may ask: --api-key sets a key.', flush=True)
-        Server(config).run(sockets=[listener])
+        Server(app, listener).run()

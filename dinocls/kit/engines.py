@@ -9,6 +9,8 @@ import hashlib
 import importlib.util
 import io
 import logging
+import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -19,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import UserError, digest, nearest, reason, recall, remember, replacing
+from .files import UserError, cache_folder, digest, file_digest, locked, nearest, reason, recall, remember, replacing
 from .machine import cpu_name, version, versions
 
-EXPORTS = Path('~/.cache/dinocls/exports')
 CLOSE = {'fp32': 1e-3, 'bf16': 0.1, 'fp16': 0.1, 'int8': 0.2}  # what rounding may change, as a share of the largest
 # logit; in fp32 also of any probability
 TIED = 0.01  # probabilities that differ by less may exchange places
@@ -56,11 +57,27 @@ class Subject:
         noise = torch.Generator().manual_seed(0)
         return torch.randint(0, 256, (min(n, 16), 3, *self.native), dtype=torch.uint8, generator=noise)
 
+    def proof(self, n: int) -> Tensor:
+        "Return n pictures and four of noise, from grey to grainy, which shows how an engine resizes."
+        noise = torch.randint(-127, 128, (4, 3, *self.native), generator=torch.Generator().manual_seed(1))
+        grain = torch.tensor([0.1, 0.3, 0.6, 1]).view(4, 1, 1, 1)
+        return torch.cat([self.pictures(n), (128 + grain * noise).byte()])
+
     def expected(self, n: int, precision: str = '') -> np.ndarray:
-        "Return PyTorch's logits for n pictures, worked out once."
+        "Return PyTorch's logits for `proof(n)`, worked out once."
         if (n, precision) not in self.known:
-            self.known[n, precision] = self.infer(self.model, self.pictures(n), precision)
+            self.known[n, precision] = self.infer(self.model, self.proof(n), precision)
         return self.known[n, precision]
+
+    @functools.cached_property
+    def exports(self) -> Path:
+        "Return the folder for what is exported of it: in the cache, or a temporary one where no cache can be written."
+        with contextlib.suppress(UserError, OSError):
+            folder = cache_folder()/'exports'/digest([self.digest, version(), torch.__version__])[:24]
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK): return folder
+        self.known['exports'] = tempfile.TemporaryDirectory(prefix='dinocls-')  # goes when this subject does
+        return Path(self.known['exports'].name)
 
 
 # --- how fast
@@ -127,15 +144,17 @@ def difference(subject: Subject, run: Callable,
                pictures: int) -> str:  # to compare
     "Say in what answers differ from PyTorch's by more than that precision explains; nothing if they are equal."
     if precision == 'fp32' and subject.device.type == 'cuda': precision = 'bf16'  # GPUs multiply fp32 in TF32
-    images, expected = subject.pictures(pictures), subject.expected(pictures)
+    images, expected = subject.proof(pictures), subject.expected(pictures)
     near = subject.expected(pictures, 'fp32') if precision == 'fp32' != subject.precision else expected
     given = np.concatenate([run(part) for part in (images[:1], images[1:]) if len(part)])  # alone, and in company
+    some = slice(len(subject.pictures(pictures)))  # on noise, coarser rounding may decide otherwise
+    if precision != 'fp32': given, near = given[some], near[some]
     off = np.abs(given - near).max() / np.abs(near).max()
     if not off < CLOSE[precision]: return f'its logits are off by {off:.2g} of the largest, too much for {precision}'
     given, near, expected = (scaled(z, subject.temperature) for z in (given, near, expected))
     if precision == 'fp32' and not (off := agreement(given, near)['largest']) < CLOSE[precision]:
         return f'its probabilities are off by {off:.2g}'
-    return '' if agreement(given, expected, TIED)['same_if_clear'] else 'it gives pictures another class'
+    return '' if agreement(given[some], expected[some], TIED)['same_if_clear'] else 'it gives pictures another class'
 
 
 # --- engines
@@ -178,6 +197,7 @@ def export_onnx(subject: Subject, file: Path) -> Path:
     if why := lacking('onnx', torch.device('cpu')): raise UserError(f'The export to ONNX {why}.')
     host = replace(subject, model=copy.deepcopy(subject.model).cpu(), device=torch.device('cpu'))
     instead = 'use the backend torch or compile.'
+    host.expected(4)  # what is worked out once, as the matrices that resize, is in the graph a constant
     with replacing(Path(file)) as tmp, silent():
         try: torch.onnx.export(Prepared(host).eval(), (host.pictures(3),), str(tmp), dynamo=True, verbose=False,
                                input_names=['images'], output_names=['logits'], external_data=False,
@@ -189,8 +209,9 @@ def export_onnx(subject: Subject, file: Path) -> Path:
     return Path(file)
 
 
-def quantise(source: Path, file: Path) -> Path:
-    "Write an ONNX graph with its matrices behind the patch embedding in int8."
+def quantise(subject: Subject, source: Path, file: Path) -> Path:
+    """Write a model's ONNX graph with its matrices behind the patch embedding in int8. Raise `UserError` if that
+    decides otherwise than the model."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     nodes = onnx.load(str(source), load_external_data=False).graph.node
@@ -199,18 +220,28 @@ def quantise(source: Path, file: Path) -> Path:
         quantize_dynamic(str(source), str(tmp), weight_type=QuantType.QInt8, per_channel=True,
                          reduce_range=True,  # 7 bits: CPUs without VNNI overflow at 8
                          op_types_to_quantize=['MatMul', 'Gemm'], nodes_to_exclude=before)
+        if why := difference(replace(subject, model=copy.deepcopy(subject.model).cpu(), device=torch.device('cpu')),
+                             session(tmp), 'int8', 16):
+            raise UserError(f'In int8 the graph answers otherwise than the model ({why}): use onnx.')
     return Path(file)
 
 
 def exported(subject: Subject, int8: bool = False) -> Path:
-    "Return the ONNX file of a model, from the cache if it was made before."
-    from filelock import FileLock
-    folder = EXPORTS.expanduser()/digest([subject.digest, version(), torch.__version__])[:24]
-    file = folder/('int8.onnx' if int8 else 'fp32.onnx')
-    if file.exists(): return file
-    if int8: return quantise(exported(subject), file)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/'.lock'): return file if file.exists() else export_onnx(subject, file)
+    "Return the ONNX file of a model, from the cache if it was made before and is whole."
+    source, file = exported(subject) if int8 else None, subject.exports/('int8.onnx' if int8 else 'fp32.onnx')
+    with locked(subject.exports/'.lock'):
+        known = file.with_suffix('.sha256')
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if known.read_text(encoding='ascii') == file_digest(file): return file
+        quantise(subject, source, file) if int8 else export_onnx(subject, file)
+        with replacing(known) as tmp: tmp.write_text(file_digest(file), encoding='ascii')
+    return file
+
+
+def export_to(subject: Subject, file: Path, int8: bool = False) -> Path:
+    "Write the ONNX file of a model, whatever is in the cache. Raise `UserError` as `export_onnx` and `quantise` do."
+    if not int8: return export_onnx(subject, file)
+    with replacing(file) as source: return quantise(subject, export_onnx(subject, source), file)
 
 
 def in_torch(subject: Subject, precision: str = '', compiled: bool = False) -> Callable:
@@ -282,12 +313,12 @@ def fastest(subject: Subject, batch: int = 8, seconds: float = 0.5) -> tuple[str
     "Return name and function of the fastest backend that answers as PyTorch does, as measured here before, or now."
     made_by = (f'{k} {v}' for k, v in versions().items())
     key = ', '.join((subject.digest[:16], processor(subject.device), *made_by))
-    known, rates = recall('backends', key), {}
+    known, rates, runs = recall('backends', key), {}, {}
     with contextlib.suppress(UserError):
-        if known in BACKENDS: return known, start_backend(subject, known)
+        if known in [*BACKENDS]: return known, start_backend(subject, known)
     for name in candidates(subject):
         with contextlib.suppress(UserError):
-            run = start_backend(subject, name, 256)
-            rates[name] = measure(run, subject.pictures(batch), seconds, subject.device)['images_per_second']
+            runs[name] = start_backend(subject, name, 256)
+            rates[name] = measure(runs[name], subject.pictures(batch), seconds, subject.device)['images_per_second']
     best = remember('backends', key, max(rates, key=rates.get))
-    return best, start_backend(subject, best)
+    return best, runs[best]

@@ -1,6 +1,7 @@
 "A user's mistake is one sentence; a file is written whole or not at all; what was found out once is remembered."
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -56,7 +57,7 @@ def replacing(path: Path):  # the file to write
     except OSError as e: raise UserError(_cannot_write(path, e)) from None
     try:
         yield Path(name)
-        os.chmod(name, 0o644)
+        with contextlib.suppress(OSError): os.chmod(name, 0o644)  # not every file system has modes
         os.replace(name, path)
     except OSError as e: raise UserError(_cannot_write(path, e)) from None
     finally: Path(name).unlink(missing_ok=True)
@@ -102,22 +103,46 @@ def plain(value):
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
-def _memory(what: str) -> Path:
-    "Return the file in which answers to a question are remembered: in $XDG_CACHE_HOME, else in ~/.cache."
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'dinocls'/f'{what}.json'
+def expand(path) -> Path:
+    "Return a path with a leading ~ or ~user as that home folder; as it is where there is none of that name."
+    return Path(os.path.expanduser(path))
+
+
+def cache_folder() -> Path:
+    "Return the folder of caches, in $XDG_CACHE_HOME, else in ~/.cache. Raise `UserError` if there is no home folder."
+    folder = expand(os.environ.get('XDG_CACHE_HOME') or '~/.cache')/'dinocls'
+    if folder.is_absolute(): return folder
+    raise UserError('There is no home folder here for caches: name a folder in XDG_CACHE_HOME.')
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float = -1):  # seconds to wait, then filelock's `Timeout` is raised; -1: for ever
+    "Hold a lock on a file. A file system that has no locks is told of once, and work goes on without."
+    from filelock import FileLock
+    lock = FileLock(path, timeout=timeout)
+    try: lock.acquire()
+    except (OSError, NotImplementedError) as e:
+        if isinstance(e, OSError) and e.errno not in NO_LOCKS: raise
+        if path.parent not in _told: print(f'Note: {path.parent} has no locks ({reason(e)}): run one thing at a time.')
+        _told.add(path.parent)
+    try: yield
+    finally: lock.release()
+
+
+NO_LOCKS, _told = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS), set()
 
 
 def recall(what: str,  # the question, as in 'bf16'
            key: str):  # what the answer depends on
     "Return what was remembered, or None."
-    with contextlib.suppress(UserError, OSError, RuntimeError, AttributeError): return read_json(_memory(what)).get(key)
+    with contextlib.suppress(UserError, AttributeError, RecursionError):
+        return read_json(cache_folder()/f'{what}.json').get(key)
 
 
 def remember(what: str, key: str, answer):  # JSON
     "Keep an answer, and return it."
-    with contextlib.suppress(UserError, OSError, RuntimeError, TypeError):  # no home, no space, a damaged file
-        file = _memory(what)
-        try: known = read_json(file)
-        except UserError: known = {}
-        write_json(file, known | {key: answer})
+    with contextlib.suppress(UserError):  # no home, no space
+        file, known = cache_folder()/f'{what}.json', None
+        with contextlib.suppress(UserError, RecursionError): known = read_json(file)
+        write_json(file, (known if isinstance(known, dict) else {}) | {key: answer})  # a damaged one is made anew
     return answer

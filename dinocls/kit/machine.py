@@ -1,5 +1,6 @@
 "What a result was made by: versions, the commit, processor, cores, memory."
 import contextlib
+import math
 import os
 import platform
 import subprocess
@@ -57,8 +58,7 @@ def versions() -> dict:
 
 def hardware() -> dict:
     "Return processor, instruction sets, cores and memory, and the accelerator if torch is loaded and sees one."
-    import psutil
-    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    memory = round(memory_limit() / 2**30, 1)
     found = {'cpu': cpu_name(), 'instructions': instruction_sets(), 'cores': cores(), 'memory_gb': memory,
              'system': platform.system()}
     torch = sys.modules.get('torch')
@@ -68,8 +68,46 @@ def hardware() -> dict:
 
 
 def cores() -> int:
-    "Return the number of processor cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    "Return the number of processor cores this process may use: those it is bound to, or fewer by a container's quota."
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    quotas = [float(q) / float(period) for q, period in (
+        *(line.split()[:2] for line in _granted('cpu.max')),  # cgroup v2: "200000 100000", or "max 100000"
+        *zip(_granted('cpu.cfs_quota_us', 'cpu'), _granted('cpu.cfs_period_us', 'cpu'))) if q not in ('max', '-1')]
+    return max(1, min([bound, *(math.ceil(q) for q in quotas)]))
+
+
+def memory_limit() -> int:
+    "Return the bytes of memory that this process may use: the machine's, or a container's if it grants less."
+    import psutil
+    limits = [int(v) for v in (*_granted('memory.max'), *_granted('memory.limit_in_bytes', 'memory')) if v != 'max']
+    return min([psutil.virtual_memory().total, *limits])
+
+
+def memory_free() -> int:
+    "Return the bytes of memory that are free for this process, on the machine and in its container."
+    import psutil
+    free = [psutil.virtual_memory().available]
+    for limit, used, kind in (('memory.max', 'memory.current', ''),
+                              ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'memory')):
+        free += [int(m) - int(n) for m, n in zip(_granted(limit, kind), _granted(used, kind)) if m != 'max']
+    return max(0, min(free))
+
+
+CGROUPS = Path('/sys/fs/cgroup')
+
+
+def _granted(name: str,  # of a file
+             kind: str = '') -> list[str]:  # controller of cgroup v1; empty: v2
+    "Return what the control groups that this process is in say in a file of that name, from the inmost outwards."
+    found, path = [], '/'
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/self/cgroup').read_text().splitlines():
+            _, kinds, place = line.split(':', 2)
+            if kind in kinds.split(','): path = place
+    inmost = CGROUPS/kind/path.lstrip('/')
+    for folder in (f for f in (inmost, *inmost.parents) if f.is_relative_to(CGROUPS/kind)):
+        with contextlib.suppress(OSError): found.append((folder/name).read_text().strip())
+    return found
 
 
 def _cpuinfo(entry: str) -> str:
@@ -102,8 +140,9 @@ def peak_memory() -> dict:
 
 def _peak_resident() -> int:
     "Return the peak resident memory of this process in bytes."
-    status = Path('/proc/self/status')  # getrusage would begin with the peak of the process that started this one
-    if status.exists(): return int(status.read_text().partition('VmHWM:')[2].split()[0]) * 2**10
+    with contextlib.suppress(OSError, IndexError):  # getrusage would begin with the peak of the process before this one
+        return int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0]) * 2**10
     try: import resource
     except ImportError: return __import__('psutil').Process().memory_info().peak_wset  # Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == 'darwin' else peak * 2**10  # macOS counts bytes

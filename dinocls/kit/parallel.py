@@ -8,7 +8,7 @@ import threading
 import time
 
 from .config import FIELDS
-from .files import UserError, reason
+from .files import UserError, locked, reason
 from .stage import STAGES, Result, open_run
 
 
@@ -84,11 +84,11 @@ def _follow(first: int):
 @contextlib.contextmanager
 def _free(devices: list, folder):
     "Yield a device once it is free, and hold it."
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
     for place in itertools.cycle(enumerate(devices)):
-        lock = FileLock(folder/'stages'/f'device-{place[0]}.lock', timeout=0)
-        try: lock.acquire()
-        except Timeout: time.sleep(0.05)
-        else: break
-    try: yield place[1]
-    finally: lock.release()
+        with contextlib.ExitStack() as held:
+            try: held.enter_context(locked(folder/'stages'/f'device-{place[0]}.lock', timeout=0))
+            except Timeout: time.sleep(0.05)
+            else:
+                yield place[1]
+                return

@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from .fetch import data_folder
-from .files import UserError, digest, read_json, reason, replacing, write_json
+from .files import UserError, digest, expand, locked, read_json, reason, replacing, write_json
 from .machine import cores, progress
 
 
@@ -41,7 +40,7 @@ def decode(source):  # path or bytes
     "Return the picture in a file or in bytes, as upright RGB. Raise `ValueError` if there is none."
     from PIL import Image, UnidentifiedImageError
     if isinstance(source, (str, os.PathLike)):
-        source = Path(source).expanduser()
+        source = expand(source)
         if source.is_dir(): raise ValueError('it is a folder, not a file')
         if not source.is_file(): raise ValueError('there is no such file')
     else: source = io.BytesIO(source)
@@ -124,7 +123,7 @@ def decoded(root: Path, files: list) -> tuple[np.ndarray, dict]:  # uint8 (n, h,
     with contextlib.suppress(OSError, ValueError, UserError): return _open_cache(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix('.lock')):
+        with locked(file.with_suffix('.lock')):
             with contextlib.suppress(OSError, ValueError, UserError): return _open_cache(file)  # another was faster
             _write_cache(file, files)
             return _open_cache(file)

@@ -21,7 +21,7 @@ import numpy as np
 
 from . import machine
 from .config import FIELDS, WHERE, Config, parse_overrides, preset
-from .files import UserError, as_os_error, digest, file_digest, plain, read_json, replacing, write_json
+from .files import UserError, as_os_error, digest, file_digest, locked, plain, read_json, replacing, write_json
 
 RUN_FORMAT = 2  # layout of a run folder; raised when an older one could be misread
 STAGES = {}  # name → stage, filled as modules are imported
@@ -31,10 +31,11 @@ NOT_READ = {*WHERE, 'data_root'}  # data count by their content
 def open_run(cfg: Config) -> Path:
     "Return the run folder, made if need be. Raise `UserError` if it cannot be written, or is another run's."
     folder, wanted = cfg.folder, plain({f: getattr(cfg, f) for f in FIELDS if f not in WHERE})
-    if (folder/'run.json').exists():
+    foreign = folder.is_dir() and any(not p.name.startswith('.run-') for p in folder.iterdir())  # not one just written
+    if (folder/'run.json').exists():  # asked last, as another process may start the same run
         _check_run(folder, read_json(folder/'run.json'), wanted)
         return folder
-    if folder.is_dir() and any(folder.iterdir()):
+    if foreign:
         raise UserError(f'{folder} is not empty and not a run folder: choose a new or empty one with --out.')
     about = {'format': RUN_FORMAT, 'version': machine.version(), 'preset': cfg.preset, 'config': wanted}
     write_json(folder/'run.json', about)
@@ -90,7 +91,7 @@ def save_result(folder: Path, result: dict) -> dict:
              for name, v in result.items()}
     write_json(folder/'result.json', {n: result[n] for n, k in kinds.items() if k == 'json'})
     arrays = {n: result[n] for n, k in kinds.items() if k == 'array'}
-    with replacing(folder/'arrays.npz') as tmp: np.savez(tmp, **arrays)
+    with replacing(folder/'arrays.npz') as tmp: np.savez_compressed(tmp, **arrays)
     for name in (n for n, k in kinds.items() if k == 'tensors'):
         from safetensors.torch import save_file
         weights = {k: t.detach().cpu().contiguous() for k, t in result[name].items()}
@@ -252,7 +253,6 @@ class Stage:
 
     def _result(self, cfg: Config) -> Result:
         "Load a result, or compute it while nobody else does."
-        from filelock import FileLock
         found, why = self.find(cfg)
         if found:
             if why: self._say(f'{found.folder.name} is kept, although {why}.')
@@ -263,7 +263,7 @@ class Stage:
         partial.parent.mkdir(parents=True, exist_ok=True)
         if machine.rank(): return self._assist(cfg, partial)
         with contextlib.ExitStack() as held:
-            for lock in locks: held.enter_context(FileLock(lock))
+            for lock in locks: held.enter_context(locked(lock))
             return self.find(cfg)[0] or self._compute(cfg, partial)
 
     def _say(self, sentence: str):

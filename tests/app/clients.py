@@ -1,7 +1,7 @@
 "What the tests of the service and its page share: pictures good and bad, a service in this process, and a server."
 import contextlib
-import importlib.util
 import io
+import json
 import socket
 import struct
 import subprocess
@@ -32,7 +32,8 @@ def serving(model, **options):
     from starlette.testclient import TestClient
 
     from dinocls.app.service import create_app
-    with TestClient(create_app(model, **{'page': False} | options)) as client: yield client
+    app = create_app(model, **{'page': False} | options)
+    with TestClient(app, base_url='http://localhost') as client: yield client
 
 
 def sentence(response, status=None):
@@ -74,8 +75,9 @@ def good_pictures() -> dict:
     turned[274] = 6
     deep = Image.fromarray((np.arange(60 * 40).reshape(40, 60) * 27).astype(np.uint16))
     return {'png': encoded(PHOTO), 'jpeg': encoded(PHOTO, 'JPEG'), 'webp': encoded(PHOTO, 'WEBP'),
-            'gif': encoded(PHOTO, 'GIF'), 'tiff': encoded(PHOTO, 'TIFF'),
-            'bmp': encoded(PHOTO, 'BMP'), 'ppm': encoded(PHOTO, 'PPM'), 'cmyk': encoded(PHOTO.convert('CMYK'), 'JPEG'),
+            'gif': encoded(PHOTO, 'GIF'), 'avif': encoded(PHOTO, 'AVIF'),
+            'cmyk': encoded(PHOTO.convert('CMYK'), 'JPEG'),
+            'phone': encoded(PHOTO, 'MPO', save_all=True, append_images=[PHOTO]),
             'turned': encoded(PHOTO, 'JPEG', exif=turned),
             'deep': encoded(deep), 'palette': encoded(PHOTO.convert('P')), 'alpha': encoded(PHOTO.convert('RGBA')),
             'grey': encoded(PHOTO.convert('L')), 'bits': encoded(PHOTO.convert('1')),
@@ -86,17 +88,21 @@ def good_pictures() -> dict:
 
 def encoded_header_only() -> list[bytes]:
     "Return headers of other formats that claim 30,000 × 30,000 or so."
-    gif, bmp = bytearray(encoded(PHOTO, 'GIF')), bytearray(encoded(PHOTO, 'BMP'))
+    gif = bytearray(encoded(PHOTO, 'GIF'))
     gif[6:10] = struct.pack('<HH', 30_000, 30_000)
-    bmp[18:26] = struct.pack('<ii', 30_000, 30_000)
     jpeg = bytearray(encoded(PHOTO, 'JPEG'))
     at = jpeg.index(b'\xff\xc0') + 5
     jpeg[at:at + 4] = struct.pack('>HH', 30_000, 30_000)
-    return [bytes(gif), bytes(bmp), bytes(jpeg), b'P6 30000 30000 255\n' + bytes(99)]
+    return [bytes(gif), bytes(jpeg)]
+
+
+def slow(n=80_000) -> bytes:
+    "Return a JPEG whose headers take time that grows with their number's square."
+    return b'\xff\xd8' + (b'\xff\xe1\x00\x6cExif\0\0' + bytes(100)) * n + encoded(PHOTO, 'JPEG')[2:]
 
 
 SERVER = '''
-import sys, time
+import json, sys, time
 from dinocls.inference import ProductionModel
 from dinocls.app.service import serve
 model = ProductionModel(sys.argv[1], 'cpu')
@@ -105,14 +111,15 @@ class Slow:  # over white pictures
     def answers(self, pixels):
         if any((p == 255).all() for p in pixels): time.sleep(1)
         return model.answers(pixels)
-serve(Slow(), port=0, page=sys.argv[2] == 'page', timeout=float(sys.argv[3]))
+serve(Slow(), port=0, page=sys.argv[2] == 'page', timeout=float(sys.argv[3]), **json.loads(sys.argv[4]))
 '''
 
 
 @contextlib.contextmanager
-def server(folder, page='', timeout=20):
+def server(folder, page='', timeout=20, **limits):
     "A server in a process of its own; yield the process and its port."
-    process = subprocess.Popen([sys.executable, '-c', SERVER, str(folder), page, str(timeout)], stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, '-c', SERVER, str(folder), page, str(timeout),
+                                json.dumps(limits)], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True,
                                cwd=ROOT, env=environment(OMP_NUM_THREADS=1, PYTHONPATH=ROOT))
     try:
@@ -125,8 +132,10 @@ def server(folder, page='', timeout=20):
         process.stdout.close(), process.stderr.close()
 
 
-def head(length):
-    return f'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n'.encode()
+def head(length, *more):
+    more = ''.join(f'{line}\r\n' for line in more)
+    return (f'POST /predict HTTP/1.1\r\nHost: localhost\r\n{more}Content-Type: image/png\r\n'
+            f'Content-Length: {length}\r\n\r\n'.encode())
 
 
 def reply(connection) -> bytes:
@@ -148,9 +157,8 @@ def connected(port):
 
 @pytest.fixture(scope='module')
 def running(saved):
-    "A server, with the page if there is Gradio: the process and the port."
-    with server(saved, 'page' * bool(importlib.util.find_spec('gradio')), timeout=3) as (process, port):
-        yield process, port
+    "A server with the page: the process and the port."
+    with server(saved, 'page', timeout=3) as (process, port): yield process, port
 
 
 @pytest.fixture

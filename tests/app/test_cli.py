@@ -277,3 +277,24 @@ def test_the_model_of_a_run_is_made_first_if_there_is_none(tmp_path, monkeypatch
     cfg = preset('smoke', out=str(tmp_path/'run'))
     assert cli.served_path(tmp_path/'mine', cfg) == tmp_path/'mine' and not (tmp_path/'run').exists()
     assert cli.served_path(None, cfg) == tmp_path/'run'/'production' and 'it is made first' in capsys.readouterr().err
+
+
+def test_a_terminal_without_all_signs_is_written_to(tmp_path):
+    (tmp_path/'no…t').write_text('')
+    done = subprocess.run([COMMAND, 'run', '-p', 'smoke', '--config', 'no…t'], capture_output=True, cwd=tmp_path,
+                          env=environment(PYTHONIOENCODING='ascii'))
+    assert done.returncode == 2 and b'Traceback' not in done.stderr and b'no?t' in done.stderr, done.stderr
+
+
+def test_a_folder_means_its_pictures_and_a_name_means_the_file(tmp_path):
+    for name in ('a.png', 'labels.csv', 'run.json', 'b.JPG', 'x.npz'): (tmp_path/name).touch()
+    found = cli.find_pictures([str(tmp_path), str(tmp_path/'labels.csv'), '~tmp.png'])
+    assert [p.name for p in found] == ['a.png', 'b.JPG', 'labels.csv', '~tmp.png']
+
+
+@pytest.mark.parametrize('text, words', [('weights:\n', 'weights no value'), ('out:\n', 'out no value'),
+                                         ('flip: 2\n', 'true or false'), ('seed: {a: 1}', 'a whole number'),
+                                         ('lr_pairs: ' + '[' * 3000 + ']' * 3000, 'is not YAML')])
+def test_settings_of_odd_shapes_get_a_sentence(tmp_path, text, words):
+    (file := tmp_path/'odd.yaml').write_text(text)
+    with pytest.raises(UserError, match=words): cli.settings('', file, None, None)

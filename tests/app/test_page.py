@@ -1,145 +1,86 @@
-"The page: what the model says, nothing opened for a client, nothing loaded from elsewhere, and all of it in a browser."
-import base64
-import importlib.util
+"The page: what the model says, nothing loaded from elsewhere, and all of it in a browser."
 import json
 import shutil
-import socket
 import subprocess
-import tempfile
 import time
 import urllib.request
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from PIL import Image
 
 pytest.importorskip('fastapi', reason="the service is an extra: pip install 'dinocls[serve]'")
 httpx = pytest.importorskip('httpx')
 pytest.register_assert_rewrite('clients')
-from clients import PHOTO, PNG, claims, encoded, sentence, serving  # noqa: E402
+from clients import KIND, PHOTO, PNG, claims, encoded, sentence, serving  # noqa: E402
 
-from dinocls.app.page import attention_overlay, enlarged  # noqa: E402
-from dinocls.app.service import Refusal, checked, is_page, is_upload, only_uploads, upload_folder  # noqa: E402
+from dinocls.app.page import attention_picture  # noqa: E402
+from dinocls.kit.corruptions import CORRUPTIONS, corrupt  # noqa: E402
+from dinocls.kit.pictures import to_pixels  # noqa: E402
 
 pytest_plugins = 'clients'
-NO_GRADIO = pytest.mark.skipif(not importlib.util.find_spec('gradio'), reason='Gradio is not installed')
 
 
-def test_which_addresses_are_the_pages():
-    for path in ('/', '/assets/a.js', '/gradio_api/file=/uploads/x.png'): assert is_page(path)
-    for path in ('/gradio_api/file=http://a/b', '/gradio_api/proxy=http://a/b', '/etc'): assert not is_page(path)
+@pytest.fixture
+def client(model):
+    with serving(model, page=True) as client: yield client
 
 
-def test_an_event_brings_uploads_only():
-    here = upload_folder().name
-    found = [is_upload(p) for p in (f'{here}/a.png', f'{here}/../a.png', '/etc/passwd', 'http://127.0.0.1/a', 'a\0b',
-                                    5)]
-    assert found == [True] + 5 * [False]
-    event = {'data': [{'path': f'{here}/a', 'url': 'http://a/b'}, 'fog', 2]}
-    assert only_uploads(event) == {'data': [{'path': f'{here}/a'}, 'fog', 2]}
-    assert json.loads(checked(json.dumps(event).encode())) == only_uploads(event)
-    for bad in (b'{', b'[' * 100_000, b'[]' * 10**6, b'[{"path": "/etc/passwd"}]', b'\xff'):
-        with pytest.raises(Refusal): checked(bad)
-
-
-@NO_GRADIO
-@pytest.mark.slow
-def test_page_and_api_in_one_app(model):
+def test_page_and_api_ask_for_the_same_key(model):
     with serving(model, page=True, api_key='secret') as client:
-        stranger, friend = client.get('/'), client.get('/', headers={'X-API-Key': 'secret'})
-        assert stranger.status_code == 401 and stranger.headers['www-authenticate'].startswith('Basic')
-        assert 'What is in this picture?' in friend.text
-        assert client.post('/predict', files={'file': PNG}, headers={'X-API-Key': 'secret'}).status_code == 200
+        for path in ('/', '/page.js', '/page.json', '/icon.svg'):
+            stranger, friend = client.get(path), client.get(path, headers={'X-API-Key': 'secret'})
+            assert stranger.status_code == 401 and stranger.headers['www-authenticate'].startswith('Basic')
+            assert friend.status_code == 200
+        sentence(client.post('/look', content=PNG, headers=KIND), 401)
+        assert 'What is in this picture?' in client.get('/', auth=('', 'secret')).text
 
 
-def test_where_it_looks_lies_over_the_picture(model):
-    pixels = np.zeros((32, 16, 3), np.uint8)
-    assert enlarged(pixels).shape == (320, 160, 3)
+def test_where_it_looks(model):
     square = np.zeros((*model.native, 3), np.uint8)
-    assert attention_overlay(model, square).shape == enlarged(square).shape
-    assert attention_overlay(object(), square) is None
+    seen = attention_picture(model, square)
+    assert seen.dtype == np.uint8 and seen.ndim == 3 and seen.shape[2] == 3
+    assert attention_picture(object(), square) is None
 
 
-def ask_page(site, file: bytes, name='a.png', corruption='fog', severity=0, inputs=3, **fields):
-    "Do what the browser does: upload, ask, read the events; return what the last one brings, or the refusal."
-    with httpx.Client(base_url=site, timeout=20) as client:
-        path = fields.get('path') or client.post('/gradio_api/upload', files={'files': (name, file)}).json()[0]
-        call = next(d for d in client.get('/config').json()['dependencies'] if len(d['inputs']) == 3)
-        data = [{'path': path, 'orig_name': name, 'meta': {'_type': 'gradio.FileData'}} | fields, corruption,
-                severity][:inputs]
-        joined = client.post('/gradio_api/queue/join',
-                             json={'data': data, 'fn_index': call['id'], 'session_hash': 'test',
-                                   'trigger_id': call['targets'][0][0]})
-        if joined.status_code != 200: return {'error': sentence(joined, 422)}
-        with client.stream('GET', '/gradio_api/queue/data', params={'session_hash': 'test'}) as events:
-            for line in events.iter_lines():
-                if line.startswith('data:') and (event := json.loads(line[5:]))['msg'] == 'process_completed':
-                    return event['output']
-
-
-@NO_GRADIO
-@pytest.mark.slow
-def test_page_answers_as_the_model(site, model):
+def test_page_answers_as_the_model(model, client):
     data = encoded(PHOTO, 'JPEG')
-    message, label, seen, overlay = ask_page(site, data, 'photo.jpg')['data']
-    assert (label['label'] == model.predict(data)['prediction'] and seen['path'] and overlay['path']
-            and not message['visible'])
-    with httpx.Client(base_url=site) as client: assert client.get(seen['url'].replace(site, '')).status_code == 200
-    worse = ask_page(site, data, 'photo.jpg', 'gaussian_noise', 5)['data'][1]
-    assert {c['label']: c['confidence'] for c in worse['confidences']} != {c['label']: c['confidence']
-        for c in label['confidences']}
+    found = client.post('/look', content=data, headers=KIND).json()
+    assert found['prediction'] == model.predict(data)['prediction']
+    pixels = to_pixels(data, model.native)
+    shown = lambda url: np.asarray(Image.open(urllib.request.urlopen(url)))
+    assert (shown(found['picture']) == pixels).all() and shown(found['attention']).ndim == 3
+    for name in CORRUPTIONS:
+        worse = client.post(f'/look?worse={name}&severity=5', content=data, headers=KIND).json()
+        assert (shown(worse['picture']) == corrupt(pixels[None], name, 5)[0]).all(), name
 
 
-@NO_GRADIO
-@pytest.mark.slow
 @pytest.mark.parametrize('data, part', [(b'Dear Sir or Madam', 'not a picture'),
                                         (claims(60_000, 60_000), 'too many pixels'), (PNG[:60], 'Cannot use'),
                                         (b'', 'Cannot use')])
-def test_page_says_what_is_wrong(site, data, part):
-    message, label, *_ = ask_page(site, data)['data']
-    assert part in message['value'] and message['visible'] and label is None or not label.get('label')
+def test_page_says_what_is_wrong(client, data, part):
+    assert part in sentence(client.post('/look', content=data, headers=KIND))
 
 
-@NO_GRADIO
-@pytest.mark.slow
-def test_page_opens_nothing_for_a_client(site):
-    "A client may name paths and addresses in place of an upload, in every way that Gradio's protocol has."
-    with socket.create_server(('127.0.0.1', 0)) as trap, httpx.Client(base_url=site, timeout=20) as client:
-        trap.settimeout(0.3)
-        no = 'The page takes uploads, and neither paths nor addresses.'
-        here = f'http://127.0.0.1:{trap.getsockname()[1]}/a.png'
-        for fields in (*({'path': p} for p in (here, 'https://example.org/a.png', '/etc/passwd', str(ROOT/'README.md'),
-                                               'README.md', f'{tempfile.gettempdir()}/gradio/../../etc/passwd',
-                                               'a\0b')),
-                       {'path': '/etc/passwd', 'meta': None}, {'path': '/etc/passwd', 'meta': {}},
-                       {'path': '/etc/passwd', 'is_stream': True}, {'path': '/etc/passwd', 'url': here}):
-            assert ask_page(site, b'', **fields) == {'error': no}
-        for value in ({'path': '/etc/passwd', 'meta': {'_type': 'gradio.FileData'}},
-                      {'path': here, 'meta': {'_type': 'gradio.FileData'}}):  # as the value of another control
-            assert 'error' in ask_page(site, PNG, corruption=value)
-        # in place of a path; the page sees no picture
-        for data in ('data:image/png;base64,' + base64.b64encode(claims(60_000, 60_000)).decode(), here):
-            assert (ask_page(site, PNG, path=None, url=data)['data'][1:] == [{}, None, None]
-                    or 'error' not in ask_page(site, PNG, url=data))
-        for body in (b'[', b'[' * 200_000, b'null', b'{}', b'{"data": [0], "fn_index": 99, "session_hash": "x"}',
-                     b'x' * 2_000_000):
-            assert 400 <= client.post('/gradio_api/queue/join', content=body,
-                                      headers={'content-type': 'application/json'}).status_code < 500
-        for path in ('/etc/passwd', ROOT/'settings.ini', here):
-            assert client.get(f'/gradio_api/file={path}').status_code in (403, 404)
-        for path in ('proxy=http://127.0.0.1/', 'run-history/connect', 'vibe-edit', 'run/predict', 'stream/a',
-                     'deep_link', 'call/look'):
-            sentence(client.get(f'/gradio_api/{path}'), 404)
-        assert client.post('/gradio_api/upload', files={'files': bytes(33 * 2**20)}).status_code == 413
-        with pytest.raises(TimeoutError): trap.accept()
+@pytest.mark.parametrize('query', ['worse=fig&severity=1', 'severity=1', 'worse=fog&severity=6',
+                                   'worse=fog&severity=-1',
+                                   'worse=fog&severity=1e9', 'worse=fog&severity=' + '9' * 5000, 'worse=fog&severity='])
+def test_page_makes_worse_only_what_it_offers(client, query):
+    assert 'from 0 to 5' in sentence(client.post(f'/look?{query}', content=PNG, headers=KIND), 422)
 
 
-@NO_GRADIO
-@pytest.mark.slow
-def test_page_loads_nothing_from_elsewhere(site):
-    response = httpx.get(site)
-    assert "default-src 'self'" in response.headers['content-security-policy']
-    assert 'fonts.googleapis' not in response.text and 'fonts.googleapis' not in httpx.get(f'{site}/theme.css').text
+def test_examples_are_offered(model):
+    class Shown:
+        def __getattr__(self, name): return getattr(model, name)
+        def examples(self): return {'images': np.zeros((40, 3, 32, 32), np.uint8), 'labels': np.arange(40) % 20}
+    with serving(Shown(), page=True) as client:
+        assert len(client.get('/page.json').json()['examples']) == 12
+
+
+def test_page_loads_nothing_from_elsewhere(client):
+    for path in ('/', '/page.js', '/page.css'):
+        response = client.get(path)
+        assert "default-src 'self'" in response.headers['content-security-policy'] and 'http' not in response.text
 
 
 # --- the page in a browser
@@ -191,7 +132,6 @@ class Browser:
         self.process.stderr.close()
 
 
-@NO_GRADIO
 @pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason='no Chromium on this machine')
 @pytest.mark.parametrize('width', [1200, 390])
@@ -203,18 +143,23 @@ def test_in_a_browser(site, model, tmp_path, width):
     browser = Browser(tmp_path/'profile', width, 900)
     try:
         browser('Page.navigate', url=site)
+        browser.until("document.querySelectorAll('#worse option').length")
         browser.give(tmp_path/'photo.jpg')
-        browser.until("!!document.querySelector('.output-class')?.innerText")
-        assert browser.js("document.querySelector('.output-class').innerText").strip() == model.predict(encoded(PHOTO,
-            'JPEG'))['prediction']
-        browser.until("document.querySelectorAll('.shown img').length == 2")
+        browser.until("document.querySelectorAll('#best li').length == 5")
+        right = model.predict(encoded(PHOTO, 'JPEG'))['prediction']
+        assert browser.js("document.querySelector('#prediction').innerText") == right
+        browser.until("['seen', 'under', 'over'].every(id => document.getElementById(id).naturalWidth > 0)")
         assert browser.js('document.documentElement.scrollWidth') <= width
-        browser.js('''document.querySelector('button[aria-label="Clear"]').click()''')
-        browser.give(tmp_path/'letter.png')
-        assert 'not a picture' in browser.until("document.querySelector('[role=alert]')?.innerText")
-        assert 'Traceback' not in browser.js('document.body.innerText')
-        browser.js('''document.querySelector('button[aria-label="Clear"]').click()''')
-        browser.give(tmp_path/'letter.txt')
-        browser.until("document.body.innerText.includes('letter.txt')")  # the page's own refusal
+        before = browser.js("document.querySelector('#seen').src")
+        browser.js("""document.querySelector('#severity').value = 5
+                      document.querySelector('#severity').dispatchEvent(new Event('change'))""")
+        browser.until(f"document.querySelector('#seen').src != '{before}'")
+        shown, alert = "document.querySelector('#shown').hidden", "document.querySelector('#problem').innerText"
+        for name in ('letter.png', 'letter.txt'):
+            browser.give(tmp_path/name)
+            assert 'not a picture' in browser.until(alert) and browser.js(shown)
+            browser.give(tmp_path/'photo.jpg')
+            browser.until(f"!{shown}")
+            assert not browser.js(alert)
         assert not [url for url in browser.asked if not url.startswith((site, 'data:', 'blob:', 'about:'))]
     finally: browser.close()

@@ -3,6 +3,7 @@ import asyncio
 import base64
 import contextlib
 import gc
+import io
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, refused
+from PIL import Image
 
 from dinocls.kit.files import UserError
 from dinocls.kit.pictures import as_png
@@ -23,12 +25,14 @@ pytest.importorskip('fastapi', reason="the service is an extra: pip install 'din
 httpx = pytest.importorskip('httpx')
 pytest.register_assert_rewrite('clients')
 from clients import (  # noqa: E402
-    CLASSES, KIND, NOISE, PNG, alike, chunk, claims, connected, encoded_header_only, good_pictures, head, reply,
-    sentence, serving)
+    CLASSES, KIND, NOISE, PHOTO, PNG, alike, chunk, claims, connected, encoded, encoded_header_only, good_pictures,
+    head,
+    reply, sentence, server, serving, slow)
 
 from starlette.testclient import TestClient  # noqa: E402
 
-from dinocls.app.service import API, Batcher, Limits, Refusal, create_app, limits_from  # noqa: E402
+from dinocls.app.service import (  # noqa: E402
+    API, Batcher, Guesses, Limits, Refusal, create_app, is_named, limits_from, read_picture)
 
 pytest_plugins = 'clients'
 
@@ -48,7 +52,7 @@ def requests(app, bodies, **kwargs):
     "Send many pictures at once; return the answers in order."
     async def all_of_them():
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url='http://service',
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url='http://localhost',
                                                                        timeout=60) as client:
             return await asyncio.gather(*(client.post('/predict', content=b, headers=KIND, **kwargs) for b in bodies))
     return asyncio.run(all_of_them())
@@ -88,13 +92,37 @@ def test_a_place_that_is_not_there():
     assert (held, refusal.status, refusal.headers) == (0, 429, {'Retry-After': '1'}) and 'again in 1 s.' in str(refusal)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('times', [1.2, 3])
+def test_overload_costs_no_answers(times):
+    "Whoever cannot be answered in time is refused at once, so that the others are: what is answered stays the same."
+    def work(items):
+        time.sleep(0.02 * len(items))
+        return items
+    async def overload(rate, seconds=6):
+        done = []
+        async def ask():
+            try:
+                with batcher.hold(): await asyncio.wait_for(batcher(0), 1)
+            except (Refusal, asyncio.TimeoutError): return
+            done.append(time.monotonic())
+        async with Batcher(work, max_batch=8, max_queue=256, patience=0.5) as batcher:
+            began, asked = time.monotonic(), []
+            for i in range(int(rate * seconds)):
+                asked.append(asyncio.create_task(ask()))
+                await asyncio.sleep(max(0, began + i / rate - time.monotonic()))
+            await asyncio.gather(*asked)
+        return sum(t > began + 2 for t in done) / (seconds - 2)
+    assert asyncio.run(overload(50 * times)) > 0.8 * 50 * 0.95
+
+
 # --- answers
 
 
 def test_every_kind_gets_the_models_answer(model):
     with serving(model) as client:
         for name, data in good_pictures().items():
-            expected = model.predict(data)
+            expected = model.predict(Image.open(io.BytesIO(data)))
             for response in (client.post('/predict', content=data,
                                          headers={'content-type': 'application/octet-stream'}),
                                          client.post('/predict', files={'file': (f'a.{name}', data)})):
@@ -153,7 +181,7 @@ def test_full_service_says_when_to_come_back(model):
 def test_time_out_and_its_place_is_free_again(model):
     held = Held(model)
     app = create_app(held, page=False, timeout=0.3)
-    with TestClient(app) as client:
+    with TestClient(app, base_url='http://localhost') as client:
         assert '0.3 s' in sentence(client.post('/predict', content=PNG, headers=KIND), 504)
         assert app.state.service.batcher.held == 0
         held.go.set()
@@ -187,12 +215,39 @@ def test_pixels_and_counts(model):
         sentence(client.post('/predict', files=[('file', PNG)] * 2), 413)
 
 
-def test_bombs_are_not_decoded(model, monkeypatch):
-    monkeypatch.setattr('PIL.ImageFile.ImageFile.load', lambda *_: pytest.fail('decoded'))
+def test_bombs_are_not_decoded(monkeypatch):
     huge = encoded_header_only()
-    with serving(model) as client:
-        for data in (claims(10_000, 10_000), claims(60_000, 60_000), *huge):
-            assert 'pixels' in sentence(client.post('/predict', content=data, headers=KIND), 413)
+    monkeypatch.setattr('PIL.ImageFile.ImageFile.load', lambda *_: pytest.fail('decoded'))
+    for data in (claims(10_000, 10_000), claims(60_000, 60_000), *huge):
+        with pytest.raises(Refusal, match='pixels') as refusal: read_picture(data, (32, 32), 50_000_000)
+        assert refusal.value.status == 413
+
+
+@pytest.mark.parametrize('kind', ['BMP', 'TIFF', 'PPM', 'JPEG2000', 'ICO', 'TGA'])
+def test_formats_that_no_client_needs_are_not_opened(kind):
+    with pytest.raises(Refusal, match='one of the formats AVIF, GIF, JPEG, PNG, WEBP') as refusal:
+        read_picture(encoded(PHOTO, kind), (32, 32), 10**6)
+    assert refusal.value.status == 422
+
+
+def test_a_picture_that_takes_too_much_ends_its_reader_alone(model):
+    "Either by time, which the system counts, or by memory; in a batch, too, the others are answered."
+    with serving(model, readers=2, reader_seconds=1, reader_memory=2**26) as client:
+        for data in (slow(), claims(6_000, 6_000)):
+            assert '1 s or 64 MiB' in sentence(client.post('/predict', content=data, headers=KIND), 413)
+            got = client.post('/predict/batch', files=[('files', data), ('files', PNG)]).json()
+            assert list(got[0]) == ['error'] and got[1]['prediction'] == model.predict(PNG)['prediction']
+        assert client.app.state.service.batcher.held == 0
+
+
+def test_a_reader_ends_with_the_time_of_its_request(model):
+    "Nobody goes on decoding for a client that was told to come back."
+    with serving(model, readers=1, reader_seconds=60, timeout=1) as client:
+        sentence(client.post('/predict', content=slow(), headers=KIND), 504)
+        assert client.post('/predict', content=PNG, headers=KIND).status_code in (200, 504)  # starts another
+        assert client.post('/predict', content=PNG, headers=KIND).status_code == 200
+        assert not [p for p in psutil.Process().children() if 'anyio' in ' '.join(p.cmdline())
+                    and p.cpu_percent(0.2) > 50]
 
 
 @pytest.mark.parametrize('options, parts',
@@ -240,10 +295,84 @@ def test_addresses_and_methods(model):
     with serving(model) as client:
         for path in ('/', '/docs', '/predict/', '/gradio_api/file=/etc/passwd', '/../etc/passwd', '/%2e%2e/etc/passwd'):
             sentence(client.get(path), 404)
-        assert sentence(client.get('/predict'), 405) and client.delete('/healthz').headers['allow'] == 'GET'
+        assert (sentence(client.get('/predict'), 405)
+                and client.delete('/healthz').headers['allow'] == 'GET, HEAD, OPTIONS')
+
+
+@pytest.mark.parametrize('path', ['/', '/page.js', '/page.json', '/healthz', '/readyz', '/info', '/metrics',
+                                  '/openapi.json'])
+def test_head_is_get_without_the_body(model, path):
+    with serving(model, page=True) as client:
+        got, asked = client.get(path), client.head(path)
+        assert got.status_code == asked.status_code == 200 and got.content and not asked.content
+        assert asked.headers['content-type'] == got.headers['content-type'] and asked.headers['content-length']
+        for method in ('PUT', 'DELETE', 'TRACE', 'PROPFIND', 'POST'):
+            assert client.request(method, path).headers['allow'] == 'GET, HEAD, OPTIONS'
+        sentence(client.request('PROPFIND', path), 405)
+
+
+def test_options_and_other_sites(model):
+    "A browser that asks whether another site may send a picture, or read an answer, hears of no permission."
+    origin = {'origin': 'https://evil.example', 'access-control-request-method': 'POST',
+              'access-control-request-headers': 'x-api-key'}
+    with serving(model, page=True, api_key='secret') as client:
+        for path, allow in (('/predict', 'POST, OPTIONS'), ('/', 'GET, HEAD, OPTIONS')):
+            for headers in ({}, origin):
+                got = client.options(path, headers=headers)
+                assert got.status_code == 204 and got.headers['allow'] == allow and not got.content
+        sentence(client.options('/nowhere'), 404)
+        for got in (client.options('/predict', headers=origin), client.get('/info', headers=origin | {
+                'x-api-key': 'secret'}), client.post('/look', headers=origin)):
+            assert not [name for name in got.headers if name.startswith('access-control')]
+            assert "frame-ancestors 'none'" in got.headers['content-security-policy']
+            assert got.headers['cross-origin-resource-policy'] == 'same-origin'
+
+
+def test_what_browsers_and_monitors_send(model):
+    with serving(model, page=True) as client:
+        sentence(client.get('/favicon.ico'), 404)
+        for path in ('/%68ealthz', '/healthz?x=%ff', '/healthz?' + 'x' * 5000):
+            assert client.get(path, headers={'accept': 'text/html'}).json() == {'status': 'alive'}
+        for path in ('/info/', '/%00', '/%ff', '/page.js%2f..', '/static/index.html', '/index.html'):
+            sentence(client.get(path), 404)
+        page = client.get('/')
+        assert page.headers['cache-control'] == 'no-cache'
+        for asked in ({'if-none-match': page.headers['etag']}, {'if-modified-since': page.headers['last-modified']}):
+            assert client.get('/', headers=asked).status_code == 304
+        assert client.get('/healthz', headers={'content-length': '10'}).status_code == 200  # no body is waited for
+
+
+def test_names_of_the_service(model):
+    for host in ('', 'localhost', 'LOCALHOST:8000', '127.0.0.1:8000', '[::1]:8000', '10.0.0.7', 'Book.example:1',
+                 'localhost.'):
+        assert is_named(host, {'', 'localhost', 'book.example'}), host
+    for host in ('evil.example', 'localhost.evil.example', '127.0.0.1.evil.example', '[', 'localhost@evil.example',
+                 'a' * 5000, '127.0.0.1,evil.example'):
+        assert not is_named(host, {'', 'localhost', 'book.example'}), host
+    with serving(model, names=['book.example']) as client:
+        for path in ('/info', '/openapi.json', '/metrics'):
+            assert '--name' in sentence(client.get(path, headers={'host': 'evil.example'}), 421)
+            assert client.get(path, headers={'host': 'book.example:8000'}).status_code == 200
+        sentence(client.post('/predict', content=PNG, headers=KIND | {'host': 'evil.example'}), 421)
+        assert client.get('/healthz', headers={'host': 'probe.example'}).status_code == 200
 
 
 # --- the key
+
+def test_wrong_keys_slow_down_whoever_sends_them(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr('dinocls.app.service.time.monotonic', lambda: now[0])
+    guesses = Guesses()
+    def status(key, address='a'):
+        try: return guesses.check(key, 'right', address)
+        except Refusal as e: return e.status
+    assert [status('') for _ in range(50)] == [401] * 50  # a browser that does not know it yet
+    assert [status('wrong') for _ in range(50)] == [401] * 11 + [429] * 39
+    assert status('right') == 429 and status('right', 'b') is None
+    now[0] += 30
+    assert status('right') is None
+    for i in range(30_000): status('wrong', f'{i}')
+    assert len(guesses.until) <= 10_000
 
 
 def test_key(model):
@@ -301,7 +430,8 @@ def test_hostile_pictures(model):
         return process.num_fds(), process.memory_info().rss
     async def send_all():
         async with app.router.lifespan_context(app), httpx.AsyncClient(transport=httpx.ASGITransport(app=app),
-                                                                       base_url='http://service', timeout=60) as client:
+                                                                       base_url='http://localhost',
+                                                                       timeout=60) as client:
             async def some(group): return [await client.post('/predict', content=data, headers=KIND) for data in group]
             async def many(data): return sum(await asyncio.gather(*(some(data[i::8]) for i in range(8))), [])
             first = await many(cases[:250])
@@ -384,6 +514,76 @@ def test_slow_lying_and_broken_clients(running):
     assert 'dinocls_held_pictures 0.0' in metrics and 'status="500"' not in metrics
 
 
+@pytest.fixture(scope='module')
+def crowded(saved):
+    "A server with little room: the process and the port."
+    with server(saved, 'page', 6, max_connections=40, idle_seconds=2, max_queue=64, readers=1, reader_seconds=1
+                ) as (process, port): yield process, port
+
+
+def ask(port, data=PNG, *more) -> bytes:
+    with connected(port) as client:
+        client.sendall(head(len(data), *more) + data)
+        return reply(client)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('begin', [b'', b'GET /in', head(1000), head(1000) + PNG[:9],
+                                   b'GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n'])
+def test_connections_that_keep_it_waiting_deny_nothing(crowded, begin):
+    "More of them than there is room for, in every state of a request: the oldest have to go, the others after a time."
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(connected(crowded[1])) for _ in range(100)]
+        for connection in held:
+            with contextlib.suppress(OSError): connection.sendall(begin)
+        began = time.monotonic()
+        for _ in range(5): assert b'200 OK' in ask(crowded[1])
+        assert time.monotonic() - began < 3
+        for connection in held:
+            with contextlib.suppress(OSError):
+                while connection.recv(65536): pass
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.slow
+def test_pictures_that_take_long_leave_the_rest_alone(crowded):
+    _, port = crowded
+    with contextlib.ExitStack() as stack:
+        for _ in range(3): stack.enter_context(connected(port)).sendall(head(len(slow())) + slow())
+        for path in ('readyz', 'info'):
+            began = time.monotonic()
+            urllib.request.urlopen(f'http://127.0.0.1:{port}/{path}').read()
+            assert time.monotonic() - began < 1
+        assert b'200 OK' in ask(port)
+
+
+@pytest.mark.slow
+def test_a_body_that_waits_to_be_asked_for(running):
+    "Expect: 100-continue: it is asked for, unless the request is refused."
+    with connected(running[1]) as client:
+        client.sendall(head(len(PNG), 'Expect: 100-continue'))
+        assert client.recv(25) == b'HTTP/1.1 100 Continue\r\n\r\n'
+        client.sendall(PNG)
+        assert b'200 OK' in reply(client)
+    with connected(running[1]) as client:
+        client.sendall(head(10**9, 'Expect: 100-continue'))
+        assert b'413' in reply(client)
+    with connected(running[1]) as client:
+        client.sendall(b'HEAD /info HTTP/1.1\r\nHost: localhost\r\n\r\n'
+                       b'OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n')
+        time.sleep(0.5)
+        got = client.recv(65536)
+        assert got.count(b'HTTP/1.1 ') == 2 and b'{' not in got and b'204' in got
+    with connected(running[1]) as client:
+        client.sendall(b'GET /healthz HTTP/1.0\r\n\r\n')
+        assert b'200 OK' in reply(client)
+    for bad in (b'\x16\x03\x01\r\n\r\n', b'GET /info HTTP/1.1\r\n\r\n',
+                head(5, 'Content-Length: 6'), head(5, 'Transfer-Encoding: gzip')):
+        with connected(running[1]) as client:
+            client.sendall(bad)
+            assert b'HTTP/1.1 4' in client.recv(100) or b'501' in client.recv(100)
+
+
 def test_mistakes_of_the_command_get_one_sentence(saved, tmp_path, in_process):
     with socket.create_server(('127.0.0.1', 0)) as taken:
         refused(in_process('serve', saved, '--backend', 'torch', '--no-page', '--port', taken.getsockname()[1]),
@@ -401,6 +601,7 @@ def test_mistakes_of_the_command_get_one_sentence(saved, tmp_path, in_process):
 @pytest.mark.parametrize('missing', ['fastapi', 'uvicorn', 'prometheus_client'])
 def test_missing_extra(missing, saved, monkeypatch, in_process):
     monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, 'dinocls.app.server', raising=False)
     refused(in_process('serve', saved, '--backend', 'torch', '--no-page', '--port', 0), missing,
             "pip install 'dinocls[serve]'")
 
@@ -413,7 +614,7 @@ def test_stopped_in_the_middle_it_answers_what_it_took_in(running):
     "The last test: nobody new gets in, an open page does not hold it up, and nothing went wrong in all before."
     (process, port), white = running, as_png(np.full((32, 32, 3), 255, np.uint8))
     with connected(port) as waiting, connected(port) as sending, connected(port) as idle, connected(port) as page:
-        page.sendall(b'GET /gradio_api/heartbeat/test HTTP/1.1\r\nHost: x\r\n\r\n')
+        page.sendall(b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n')
         waiting.sendall(head(len(white)) + white)
         sending.sendall(head(len(PNG)) + PNG[:100])
         time.sleep(0.2)

@@ -71,3 +71,14 @@ def test_the_top_of_the_package_is_light():
             'assert preset("smoke").dataset == "digits" and len(load_dataset("digits").labels) == 1797\n'
             'assert set(dinocls.__all__) <= set(dir(dinocls))')
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('field, value, words', [
+    ('seed', '1e400', 'a whole number'), ('seed', float('inf'), 'a whole number'), ('lr_head', 'inf', 'number'),
+    ('head_widths', [10**6] * 3, 'at most 16384'), ('head_widths', str([1] * 10**4), 'at most'),
+    ('lr_pairs', '(' * 500, 'a list of numbers'), ('image_size', 10**10, 'at most'), ('flip', 2, 'true or false'),
+    ('head_dropout', '(2, 1, 1)', 'below 1'), ('weights', None, 'expected text')])
+def test_forged_values_are_told_in_a_short_sentence(field, value, words):
+    with pytest.raises(UserError) as error: preset('quick', **{field: value})
+    if 'at most' != words: assert words in str(error.value)
+    assert len(str(error.value)) < 250

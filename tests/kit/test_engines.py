@@ -46,7 +46,7 @@ def subject(): return make()
 def cache(tmp_path_factory):
     "A cache of exports that these tests share."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, 'EXPORTS', tmp_path_factory.mktemp('exports'))
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
         yield
 
 
@@ -219,3 +219,48 @@ def test_what_is_not_there_is_named(subject, monkeypatch):
 def test_a_provider_that_is_not_there_is_told(tmp_path):
     pytest.importorskip('onnxruntime')
     refused(lambda: engines.session(tmp_path/'model.onnx', ('NoSuchProvider',)), 'no NoSuchProvider')
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b) // 2], lambda b: b[:-900] + bytes([b[-900] ^ 64]) + b[-899:],
+                                    lambda b: b''])
+def test_a_damaged_export_is_made_anew(subject, damage):
+    if why := lacking('onnx', subject.device): pytest.skip(why)
+    for int8 in (False, True):
+        whole = (file := exported(subject, int8)).stat().st_size
+        file.write_bytes(damage(file.read_bytes()))
+        assert exported(subject, int8) == file and file.stat().st_size == whole
+    start_backend(subject, 'onnx-int8')
+
+
+def test_exports_do_without_a_cache(tmp_path, monkeypatch):
+    if why := lacking('onnx', torch.device('cpu')): pytest.skip(why)
+    (tmp_path/'file').touch()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'file'))
+    mine = make()
+    assert exported(mine).is_file() and not exported(mine).is_relative_to(tmp_path)
+    for int8 in (False, True): assert engines.export_to(mine, tmp_path/'to'/'m.onnx', int8).stat().st_size > 1e4
+    assert [p.name for p in (tmp_path/'to').iterdir()] == ['m.onnx']
+
+
+def test_grain_finds_what_grey_examples_hide():
+    grey = make((48, 64), examples=torch.full((16, 3, 48, 64), 90, dtype=torch.uint8))
+    def nearest_pixel(images): return infer(grey.model, F.interpolate(images.float(), (SIDE, SIDE)).byte(), '')
+    assert 'off by' in difference(grey, nearest_pixel, 'fp32', 16)
+
+
+@pytest.mark.parametrize('native', [(1, 1), (7, 5), (33, 31), (1, 300), (512, 375)])
+def test_engines_are_equal_for_pictures_of_any_size(native):
+    from types import SimpleNamespace
+
+    from dinocls.augment import preprocess
+    if why := lacking('openvino', torch.device('cpu')): pytest.skip(why)
+    def prepare(images): return preprocess(images, SimpleNamespace(image_size=SIDE))
+    mine = make(native)
+    mine.preprocess = prepare
+    mine.infer = lambda module, images, precision: module(prepare(images)).detach().numpy()
+    noise = torch.randint(-127, 128, (12, 3, *native), generator=torch.Generator().manual_seed(3))
+    images = (128 + torch.linspace(0, 1, 12).view(-1, 1, 1, 1) * noise).byte()
+    want = scaled(mine.infer(mine.model, images, ''), 0.1)
+    for name in ('onnx', 'openvino'):
+        assert np.abs(scaled(start_backend(mine, name)(images), 0.1) - want).max() < 1e-3
+    start_backend(mine, 'onnx-int8')

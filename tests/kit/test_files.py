@@ -65,3 +65,45 @@ def test_answers_are_remembered_where_they_can_be(tmp_path, monkeypatch):
     assert (files.remember('speed', 'this machine', 3.0), files.recall('speed', 'this machine')) == (3.0, 3.0)
     monkeypatch.setenv('XDG_CACHE_HOME', '/dev/null')
     assert (files.remember('speed', 'here', 1.0), files.recall('speed', 'here')) == (1.0, None)
+
+
+def test_file_systems_without_modes_or_locks_are_worked_with(tmp_path, monkeypatch, capsys):
+    import errno
+    import os
+
+    from filelock import FileLock
+
+    from dinocls.kit.files import locked, write_json
+    def refuse(code):
+        def call(*args, **more): raise OSError(code, os.strerror(code))
+        return call
+    monkeypatch.setattr(os, 'chmod', refuse(errno.EPERM))
+    write_json(tmp_path/'a.json', {'a': 1})
+    assert (tmp_path/'a.json').is_file() and len(list(tmp_path.iterdir())) == 1
+    for code in (errno.ENOLCK, errno.EOPNOTSUPP):
+        monkeypatch.setattr(FileLock, 'acquire', refuse(code))
+        with locked(tmp_path/'.lock'): pass
+    assert capsys.readouterr().out.count('has no locks') == 1
+    monkeypatch.setattr(FileLock, 'acquire', refuse(errno.EIO))
+    with pytest.raises(OSError), locked(tmp_path/'.lock'): pass
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '[' * 10**5, '"a"', '\udcff'])
+def test_a_damaged_memory_is_made_anew(tmp_path, monkeypatch, content):
+    from dinocls.kit.files import recall, remember
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    (tmp_path/'dinocls').mkdir()
+    (tmp_path/'dinocls'/'what.json').write_bytes(content.encode(errors='surrogateescape'))
+    assert recall('what', 'k') is None and remember('what', 'k', 1) == 1 and recall('what', 'k') == 1
+
+
+def test_without_a_home_folder_nothing_is_remembered(tmp_path, monkeypatch):
+    import os
+
+    from dinocls.kit.files import cache_folder, expand, recall, remember
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)  # as where a user has no entry
+    assert remember('what', 'k', 1) == 1 and recall('what', 'k') is None and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match='XDG_CACHE_HOME'): cache_folder()
+    assert str(expand('~tmp.png')) == '~tmp.png'

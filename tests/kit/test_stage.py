@@ -234,3 +234,14 @@ def test_workers_compute_what_one_process_would(tmp_path):
     assert len({r.folder for r in several}) == 3
     with pytest.raises(UserError, match='failed for 1 of 2'):
         run_stages(features, [variant(first, weights='nowhere.pth'), variant(first, train_size=101)], ['cpu', 'cpu'])
+
+
+@pytest.mark.slow
+def test_many_may_start_one_run_at_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dinocls.kit.config import preset
+    from dinocls.kit.stage import open_run
+    for i in range(10):
+        cfg = preset('smoke', out=str(tmp_path/f'run{i}'))
+        with ThreadPoolExecutor(16) as pool: assert {*pool.map(lambda _: open_run(cfg), range(16))} == {cfg.folder}
