@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'FOUR', 'GROUPED', 'share', 'in_points', 'drop', 'views', 'contenders', 'answers', 'judge', 'with_probes',
            'evenly', 'all_severities', 'robustness', 'correct_answers', 'severity_curve', 'corruption_rows',
-           'severity_rows', 'mean_corruption_error', 'calibration_rows', 'model_rows', 'published_c', 'published_1',
-           'shift_rows', 'published_rows', 'robustness_metrics']
+           'severity_rows', 'error_ratio', 'corruption_errors', 'answered', 'calibration_rows', 'model_rows',
+           'published_c', 'published_1', 'shift_rows', 'published_rows', 'robustness_metrics']
 
 # %% ../nbs/12_robustness.ipynb #c6760ba3
 import functools
@@ -30,7 +30,7 @@ from .model import device, features, infer
 from .phase1 import phase1_model
 from .phase2 import phase2_model
 from .probe import knn, linear_probe
-from .stats import calibration_error, mean_interval, wilson
+from .stats import bootstrap, calibration_error, mean_interval, wilson
 
 # %% ../nbs/12_robustness.ipynb #edbd9770
 def share(right) -> np.ndarray:  # bool (..., n) → (n,)
@@ -45,7 +45,8 @@ def drop(before: np.ndarray,  # bool (n,) or (…, n): answers to clean images, 
          after: np.ndarray,  # bool (…, n): answers to corrupted ones, or of another model
          name: str = 'drop') -> dict:
     "Return the mean loss of accuracy with its paired 95 % interval, in points."
-    return in_points(name, mean_interval(share(before) - share(after), least=np.shape(after)[-1] / np.size(after)))
+    least = max(0.5, np.shape(after)[-1] / np.size(after))  # one answer an image: all of it
+    return in_points(name, mean_interval(share(before) - share(after), least=least))
 
 # %% ../nbs/12_robustness.ipynb #1672cf88
 MODELS = {'knn': 'k-NN (frozen)', 'linear': 'linear probe (frozen)', 'phase1': 'head (frozen)', 'phase2': 'fine-tuned',
@@ -163,26 +164,43 @@ def severity_rows(result, model: str = 'phase2') -> list[dict]:
     return rows
 
 # %% ../nbs/12_robustness.ipynb #8d4fc7e1
-def mean_corruption_error(result, model: str, baseline: str = 'linear') -> float | None:  # 1: as the baseline
-    "Return the mean ratio of a model's errors to a baseline's, over the benchmark's; None if that makes no error."
-    errors = [[(~correct_answers(result, m, name)).sum() for name in BENCHMARK] for m in (model, baseline)]
-    ratios = [a / b for a, b in zip(*errors) if b]
-    return float(np.mean(ratios)) if ratios else None
+def error_ratio(name: str, wrong: np.ndarray, baseline: np.ndarray) -> dict:  # (n,): errors of an image, as shares
+    """Return a model's errors over a baseline's with the 95 % interval by bootstrap over images, in percent, under
+    names; None for what can't be told."""
+    def ratio(a, b): return a.sum() / b.sum() if b.sum() > 0 else np.inf
+    if baseline.sum() <= 0: return dict.fromkeys((name, f'{name}_low', f'{name}_high'))
+    with np.errstate(invalid='ignore'):  # a draw without errors of the baseline has no ratio
+        _, low, high = bootstrap(ratio, np.append(wrong, (0.5, 0)), np.append(baseline, (0, 0.5)))
+    return in_points(name, (ratio(wrong, baseline), low, high if np.isfinite(high) else np.nan))
+
+def corruption_errors(result, model: str, baseline: str = 'linear') -> dict:
+    "Return mean corruption error and relative one, as ratios of sums over the benchmark's fifteen, in percent."
+    clean, worse = ([1 - share(correct_answers(result, m, *names)) for m in (model, baseline)]
+                    for names in (['clean'], BENCHMARK))
+    lost, base_lost = np.subtract(worse, clean)
+    told = mean_interval(base_lost, least=0.5)[1] > 0
+    return error_ratio('mce', *worse) | error_ratio('relative_mce', lost, base_lost if told else 0 * base_lost)
 
 # %% ../nbs/12_robustness.ipynb #45ab9bf8
+def answered(result, m: int, severity: int) -> tuple[np.ndarray, np.ndarray]:  # (sets, n) each
+    "Return what a model answers at a severity (0: clean) of the benchmark's fifteen, and how sure it is."
+    n = len(result['labels'])
+    names, part = BENCHMARK if severity else ['clean'], slice(n * max(0, severity - 1), n * max(1, severity))
+    return tuple(np.stack([result[f'{name}_{what}'][m][part] for name in names]) for what in ('guess', 'confidence'))
+
 def calibration_rows(result) -> list[dict]:
-    "Return calibration error and mean confidence minus accuracy, in points, by model and severity (0: clean)."
-    rows, n = [], len(result['labels'])
+    """Return calibration error, and mean confidence minus accuracy with its interval over images, in points, by model
+    and severity (0: clean)."""
+    rows, labels = [], result['labels']
     for (m, model), s in itertools.product(enumerate(MODELS), range(6)):
-        names, part = BENCHMARK if s else ['clean'], slice(n * max(0, s - 1), n * max(1, s))
-        guess, sure = (np.concatenate([result[f'{name}_{what}'][m][part] for name in names])
-                       for what in ('guess', 'confidence'))
+        guess, sure = answered(result, m, s)
         if np.isnan(sure).any(): continue  # k-NN has no probabilities
-        labels = np.tile(result['labels'], len(names))
-        p = np.repeat((1 - sure[:, None]) / (result['classes'] - 1), result['classes'], 1)
-        p[np.arange(len(p)), guess] = sure
-        rows.append({'model': model, 'severity': s, 'ece': 100 * calibration_error(p, labels),
-                     'overconfidence': 100 * float(sure.mean() - (guess == labels).mean()), 'answers': len(p)})
+        p = np.repeat((1 - sure[..., None]) / (result['classes'] - 1), result['classes'], -1)
+        np.put_along_axis(p, guess[..., None].astype(int), sure[..., None], -1)
+        ece = calibration_error(p.reshape(-1, result['classes']), np.tile(labels, len(guess)))
+        off = mean_interval(np.subtract(sure, guess == labels, dtype=np.float64).mean(0), least=0.5)
+        rows.append({'model': model, 'severity': s, 'ece': 100 * ece, **in_points('overconfidence', off),
+                     'answers': guess.size})
     return rows
 
 # %% ../nbs/12_robustness.ipynb #0ff85c96
@@ -191,15 +209,15 @@ def model_rows(result, baseline: str = 'linear') -> list[dict]:
     right = {m: (correct_answers(result, m, 'clean'), correct_answers(result, m, *BENCHMARK)) for m in MODELS}
     rows, (base_clean, base_worse) = [], right[baseline]
     for model, (clean, worse) in right.items():
-        (middle, low, high), error = mean_interval(share(worse), (0, 1)), mean_corruption_error(result, model)
+        middle, low, high = mean_interval(share(worse), (0, 1))
         every = correct_answers(result, model, *CORRUPTIONS)
         row = {'model': model, 'clean': 100 * float(share(clean).mean()), 'mean_15': 100 * middle, 'low': 100 * low,
-               'high': 100 * high, 'mean_19': 100 * float(every.mean()), 'mce': error and 100 * error}
+               'high': 100 * high, 'mean_19': 100 * float(every.mean()), **corruption_errors(result, model, baseline)}
         row |= drop(clean, worse)
         if model != baseline:
             row |= drop(clean, base_clean, 'ahead_clean') | drop(worse, base_worse, 'ahead_corrupted')
             extra = share(clean) - share(worse) - share(base_clean) + share(base_worse)
-            row |= in_points('extra_drop', mean_interval(extra, least=1 / len(worse)))
+            row |= in_points('extra_drop', mean_interval(extra, least=0.5))
         rows.append(row)
     return rows
 
@@ -254,7 +272,8 @@ def robustness_metrics(result, seed: int) -> list[dict]:
     "Return the rows of metrics: of the fine-tuned model by corruption and severity, of all models by their means."
     found, rows = [], corruption_rows(result)
     def add(name, row, key, interval=None, **more):
-        ends = {} if interval is None else {end: row[interval + end] / 100 for end in ('low', 'high')}
+        ends = {} if interval is None else {end: row[interval + end] for end in ('low', 'high')}
+        ends = {end: None if v is None or np.isnan(v) else v / 100 for end, v in ends.items()}
         found.append(metric(name, row[key] and row[key] / 100, n=len(result['labels']), seed=seed, **ends, **more))
     add('clean', rows[0], 'accuracy')
     for r in severity_rows(result):
@@ -269,9 +288,10 @@ def robustness_metrics(result, seed: int) -> list[dict]:
         m = r['model']
         add(f'clean:{m}', r, 'clean')
         add(f'corruption_mean_15:{m}', r, 'mean_15', '', severity='mean')
-        add(f'mce:{m}', r, 'mce', baseline='linear')
+        for k in ('mce', 'relative_mce'): add(f'{k}:{m}', r, k, f'{k}_', baseline='linear')
         for k in ('ahead_clean', 'ahead_corrupted', 'extra_drop'):
             if k in r: add(f'{k}_over_linear:{m}', r, k, f'{k}_')
     for r, k in itertools.product(calibration_rows(result), ('ece', 'overconfidence')):
-        add(f'{k}:{r["model"]}', r, k, severity=r['severity'], answers=r['answers'])
+        ends = 'overconfidence_' if k == 'overconfidence' else None
+        add(f'{k}:{r["model"]}', r, k, ends, severity=r['severity'], answers=r['answers'])
     return found

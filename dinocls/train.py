@@ -456,7 +456,8 @@ def fit(model: Classifier, train,  # images, labels, and the indices of the spli
             if loop.accelerator.is_main_process: tell(name, row, epochs)
             keeper.after_epoch(epochs)
     last = loop.ema.module if loop.ema else loop.trained
-    return {'weights': loop.best['weights'], 'last_weights': last.state_dict(), 'history': loop.history, 'val_accuracy': loop.best['accuracy'],
+    return {'weights': loop.best['weights'], 'last_weights': last.state_dict(), 'history': loop.history,
+            'val_accuracy': loop.best['accuracy'],
             'best_epoch': loop.best['epoch'], 'val_labels': val[1].cpu().numpy(),
             'val_logits_by_epoch': torch.stack([a.cpu() for a in loop.answers]).numpy()}  # (epochs, n, classes)
 

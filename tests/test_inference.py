@@ -15,6 +15,7 @@ from PIL import Image
 from dinocls.kit import config
 from dinocls.kit.files import UserError, file_digest
 from dinocls.kit.pictures import FORMATS
+from dinocls import inference
 from dinocls.inference import CARD, EXAMPLES, FILES, ProductionModel, benchmark, calibrate, save_production
 from dinocls.kit import engines, files
 from dinocls.kit.engines import BACKENDS, agreement, scaled
@@ -279,18 +280,18 @@ def test_the_first_bad_item_of_many_batches_is_named(model):
 # --- confidence and backends
 
 
-def test_uncertain_follows_from_the_set(tmp_path, model):
+def test_uncertain_follows_from_the_promise(tmp_path, model):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 400)
-    found = calibrate(3 * rng.normal(size=(400, 10)) + 5 * np.eye(10)[labels], labels)
+    found = calibrate(rng.normal(size=(400, 10)) + 9 * np.eye(10)[labels], labels)
     sure = ProductionModel(save_production(tmp_path/'p', model.model, CFG, CLASSES, {}, calibration=found), 'cpu')
     z = model.run(torch.from_numpy(RGB[:, :24]).permute(2, 0, 1)[None].repeat(1, 1, 2, 2)[..., :32, :32].contiguous())
     answer = sure.predict_batch([RGB])[0]
-    inside = sum(p >= found['conformal']['least'] for p in answer['probabilities'].values())
-    assert (answer['uncertain'] == (inside != 1) and answer['prediction'] == model.predict(RGB)['prediction']
+    assert (answer['uncertain'] == (answer['confidence'] < found['promise']['least'])
+            and answer['prediction'] == model.predict(RGB)['prediction']
             and model.predict(RGB)['uncertain'] is None)
     np.testing.assert_allclose(scaled(z, 1.0).sum(), 1)
-    assert 'at least 95 %' in (tmp_path/'p'/CARD).read_text()
+    assert 'wrong, with 95 % confidence' in (tmp_path/'p'/CARD).read_text()
 
 
 def test_the_card_may_be_edited(folder):
@@ -428,10 +429,10 @@ def test_broken_json(folder, name, content):
     refused(lambda: ProductionModel(folder), name)
 
 
-@pytest.mark.parametrize('version', [0, 1, 3, '2', [2], {'a': 1}])
+@pytest.mark.parametrize('version', [0, 1, 2, 4, '3', [3], {'a': 1}])
 def test_unknown_format(folder, version):
     change(folder, format=version)
-    refused(lambda: ProductionModel(folder), 'format', 'reads format 2')
+    refused(lambda: ProductionModel(folder), 'format', 'reads format 3')
 
 
 def test_places_that_are_no_production_folder(tmp_path):
@@ -447,8 +448,8 @@ def test_places_that_are_no_production_folder(tmp_path):
     {'head_widths': []}, {'head_widths': [1] * LAYERS}, {'head_widths': ['a'] * LAYERS},
     {'head_widths': [-1] * LAYERS}, {'head_widths': [10**30] * LAYERS},
     {'head_widths': [10**9] * LAYERS}, {'head_dropout': [2] * LAYERS}, {'head_dropout': ['a'] * LAYERS},
-    {'temperature': 0}, {'temperature': 'hot'}, {'temperature': None}, {'conformal': 3}, {'conformal': {'least': 2}},
-    {'conformal': {}},
+    {'temperature': 0}, {'temperature': 'hot'}, {'temperature': None}, {'promise': 3}, {'promise': {}},
+    {'promise': {'risk': 0.02, 'least': 2.0, 'sure': 0.95, 'images': 9, 'answered': 9}},
     {'precision': 'int4'}, {'pooling': 'max'}, {'pooling': 'cls+mean'}, {'pooling': 'attention'}, {'classes': []},
     {'classes': ['a'] * 10}, {'classes': CLASSES[:9]}, {'classes': list(range(10))}, {'classes': 'abcdefghij'},
     {'preprocessing': None}, {'preprocessing': {}}, {'preprocessing': {'native_size': [0, 32]}},
@@ -527,3 +528,16 @@ def test_round_trip_is_exact_and_repeatable(tmp_path, saved, model):
     for name in FILES: assert (again/name).read_bytes() == (saved/name).read_bytes()
     assert model.predict(RGB) == ProductionModel(again, 'cpu').predict(RGB)
     assert model.config['metrics'] == {'test': {'accuracy': 0.1, 'n': 100}}
+
+
+@pytest.mark.parametrize('n', [60, 300])
+@pytest.mark.parametrize('error', [lambda s: 0.3 * (1 - s), lambda s: 0.025 + 0 * s], ids=['falling', 'level'])
+def test_a_promise_is_broken_in_one_of_twenty_cases_at_most(n, error):
+    rng, many, broken, told = np.random.default_rng(0), np.linspace(0, 1, 10_000), [], []
+    for _ in range(300):
+        sure = rng.random(n)
+        found = inference.promise(sure, rng.random(n) >= error(sure))
+        told.append(found['risk'])
+        broken.append(found['risk'] is not None and error(many[many >= found['least']]).mean() > found['risk'])
+    assert np.mean(broken) <= 0.05 and any(told)
+    assert inference.promise(sure[:9], np.ones(9, bool))['risk'] is None  # nine images can promise nothing

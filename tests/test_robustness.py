@@ -1,8 +1,10 @@
 "The numbers drawn from what models answer to corrupted images."
+from functools import partial
+
 import numpy as np
 import pytest
 
-from dinocls import report, robustness
+from dinocls import report, robustness, stats
 from dinocls.kit import config
 from dinocls.kit.corruptions import CORRUPTIONS
 from dinocls.robustness import drop, robustness_metrics
@@ -59,3 +61,20 @@ def test_a_killed_run_goes_on_with_the_next_set(tmp_path, monkeypatch):
 def test_published_sets_belong_to_cifar10(capsys):
     assert robustness.published_rows(config.preset('smoke')) == []
     assert capsys.readouterr().out.count('this run is of digits') == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('share', [0.04, 0.1])
+def test_a_ratio_of_errors_is_covered_though_few_images_err(share, monkeypatch):
+    monkeypatch.setattr(robustness, 'bootstrap', partial(stats.bootstrap, draws=200))
+    rng, inside = np.random.default_rng(0), 0
+    def wrong(n):
+        hard = np.where(rng.random(n) < share, rng.beta(2, 2, n), 0.001)
+        own = np.where(rng.random(n) < 0.02, rng.random(n), 0)
+        other = np.clip(hard * rng.uniform(0.2, 1.8, n) + own, 0, 1)
+        return rng.binomial(75, other) / 75, rng.binomial(75, hard) / 75
+    true = 100 * np.divide(*(x.mean() for x in wrong(500_000)))
+    for _ in range(200):
+        found = robustness.error_ratio('r', *wrong(80))
+        inside += found['r_low'] <= true <= (np.inf if np.isnan(found['r_high']) else found['r_high'])
+    assert inside / 200 > 0.93  # a plain bootstrap: 0.84 to 0.93

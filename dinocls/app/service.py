@@ -417,7 +417,7 @@ class Answer(BaseModel):
     confidence: float = Field(description='its probability')
     probabilities: dict[str, float] = Field(description='class → probability')
     top5: list[tuple[str, float]] = Field(description='the most probable classes')
-    uncertain: bool | None = Field(None, description='whether not exactly one class is plausible; null: it cannot tell')
+    uncertain: bool | None = Field(None, description='whether the card promises nothing of it; null: of none')
 
 
 class Failure(BaseModel):
