@@ -20,7 +20,8 @@ from .phase1 import phase1
 from .phase2 import direct, phase2, with_weights
 from .probe import embed, knn, linear_probe
 from .stats import judged, max_t, two_way, verdict, verdicts
-from .train import Divided, accuracy_and_loss, averaged, initial_share, start, train_epoch, val_logits
+from .train import (
+    Divided, accuracy_and_loss, averaged, derived_seed, initial_share, start, train_epoch, val_logits)
 
 # %% ../nbs/09_ablation.ipynb #aa921edb
 def turned_off(cfg) -> dict:  # technique → fields that turn it off
@@ -140,9 +141,11 @@ DECAYS = (0.9, 0.99, 0.999, 0.9999)
 def ema_study(cfg, folder):
     "Train a head on embeddings and keep averages along; return their validation accuracy and share of initial weights."
     dev, feats, (_, y), (_, val_y) = device(cfg), features(cfg), load_split(cfg, 'train'), load_split(cfg, 'val')
-    source = Loader(torch.from_numpy(feats['train']).to(dev), y, cfg.batch_size, cfg.seed, dev)
+    seed = derived_seed(cfg.seed, 'phase1')  # as phase 1 itself
+    source = Loader(torch.from_numpy(feats['train']).to(dev), y, cfg.batch_size, seed, dev)
     model, total, rows = classifier(cfg, len(splits(cfg)['classes'])), cfg.phase1_epochs * len(source), []
     loop = start(model.freeze(), variant(cfg, ema_decay=0.0), cfg.phase1_epochs, len(source), 0.0, cfg.phase1_lr)
+    loop.seed = seed
     loop.val_feats, head = torch.from_numpy(feats['val']).to(dev), loop.model.head
     kept = {(d, w): averaged(head, variant(cfg, ema_decay=d, ema_warmup=w)) for d in DECAYS for w in (False, True)}
     share = {k: initial_share(total, *k) for k in kept}

@@ -41,8 +41,11 @@ def _sample(indices: np.ndarray, data: Dataset, cfg, field: str) -> tuple[np.nda
     "Split indices into (rest, drawn), stratified by label; the field says how many are drawn."
     from sklearn.model_selection import train_test_split
     size, labels = getattr(cfg, field), data.labels[indices]
-    try: return *map(np.sort, train_test_split(indices, test_size=size, stratify=labels, random_state=cfg.split_seed)),
+    alone = np.bincount(labels)[labels] == 1  # the only picture of its class can't be divided: it is not drawn
+    rest, kept = indices[~alone], indices[alone]
+    try: rest, drawn = train_test_split(rest, test_size=size, stratify=labels[~alone], random_state=cfg.split_seed)
     except ValueError as e: why, classes = e, len(set(labels))
+    else: return np.sort(np.append(rest, kept)), np.sort(drawn)
     raise UserError(f'{field}={size} does not fit a set of {len(indices)} images in {classes} classes ({why}).')
 
 # %% ../nbs/01_data.ipynb #147b757f

@@ -180,6 +180,14 @@ def test_the_mirror_raises_no_alarm_over_honest_digits(digits):
     assert reported[0] <= 10 and reported[1] <= 1, reported
 
 
+def test_the_only_picture_of_a_class_stays_in_training(digits):
+    one = digits.labels.copy()
+    one[digits.splits['train'][0]] = 10  # a class of its own
+    eleven = replace(digits, labels=one, classes=(*digits.classes, 'ten'))
+    parts = make_splits(eleven, config.preset('quick', train_size=0))
+    assert [10 in one[parts[s]] for s in ('train', 'val', 'test')] == [True, False, False]
+
+
 def test_pretraining_sees_nothing_of_val_or_test():
     whole = published(10, 500, 100)
     cfg = config.preset('cifar', train_size=100, val_size=50, pretrain_size=300)
@@ -189,16 +197,16 @@ def test_pretraining_sees_nothing_of_val_or_test():
     assert np.isin(parts['train'], seen).all() and not np.isin(seen, parts['val']).any()
 
 
-def test_fields_of_an_older_record_are_enough():
+def test_fields_of_an_older_record_are_enough(tmp_path):
     "Weights were made before there was `on_broken`; their record still tells what they have seen."
-    assert seen_in_pretraining(config.preset('quick'))['train'] > 0
+    assert seen_in_pretraining(config.preset('quick', out=str(tmp_path)))['train'] > 0
 
 
-def test_what_the_weights_saw_without_labels_counts(monkeypatch):
+def test_what_the_weights_saw_without_labels_counts(tmp_path, monkeypatch):
     record = model.shipped_record('book-digits')
     changes = {'train_size': 100, 'pretrain_size': 400}
     monkeypatch.setattr(model, 'shipped_record', lambda name: record | {'config': record['config'] | changes})
-    cfg = config.preset('quick', train_size=0, pretrain_size=0)  # splits that hold all images
+    cfg = config.preset('quick', train_size=0, pretrain_size=0, out=str(tmp_path))  # splits that hold all images
     assert sum(seen_in_pretraining(cfg).values()) == 400
     changes['pretrain_size'] = 0
     assert sum(seen_in_pretraining(cfg).values()) == 100
