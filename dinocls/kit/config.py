@@ -318,10 +318,10 @@ PRESETS = {
     'smoke': Preset('tests: each chapter in seconds', '2 min for the book on 2 CPU cores, no network',
                     'every cell runs; the scores mean nothing', _SMOKE),
     'quick': Preset('the embedded default: real digits, ten labels a class',
-                    '7 min on 2 CPU cores with AMX, 15 on others; no network',
+                    '12 min on 2 CPU cores with AMX; no network',
                     'a small ViT, pre-trained without labels: about 96 % on 900 test digits', _QUICK),
     'laptop': Preset('CIFAR-10 itself on two cores: 2,500 labels, all 10,000 test images',
-                     '71 min on 2 CPU cores beside other work (84 min of one core); CIFAR-10 download of 170 MB',
+                     '62 min on 2 CPU cores beside other work (79 min of one core); CIFAR-10 download of 170 MB',
                      'from random weights 33 % of 10,000 test images; from shipped ones not measured yet', _LAPTOP),
     'cifar': Preset('a real experiment without a model download',
                     'training and scoring not measured yet, one GPU; all else 11 min on 2 CPU cores; '
