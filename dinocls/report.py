@@ -284,13 +284,15 @@ def results(cfg: Config) -> dict:
     "Return all that a run knows of itself: configuration, metrics, comparison, and the records of its stages."
     records = [read_json(p) for p in sorted((cfg.folder/'stages').glob('*/run.json')) if p.parent.suffix != '.partial']
     machines = []  # what made them, each once
+    config = read_json(cfg.folder/'run.json')['config']
     def step(record):
         made = {k: record[k] for k in ('versions', 'hardware')}
         if made not in machines: machines.append(made)
         return {k: record.get(k) for k in STEP} | {
+            'fields': {k: v for k, v in record['fields'].items() if v != config.get(k)},  # those of the run but for these
             'machine': machines.index(made), 'code': digest(record['code']), 'after': sorted(record['after'])}
     return {'run': cfg.folder.name, 'version': version(), 'preset': cfg.preset,
-            'config': read_json(cfg.folder/'run.json')['config'],
+            'config': config,
             'data': [read_json(p)['fingerprint']
                      for p in (cfg.folder/'stages').glob('splits-*/result.json')],  # SHA-256 of images and labels
             'metrics': read_metrics(cfg), 'reported_and_measured': compare(cfg), 'contradictions': contradictions(),
