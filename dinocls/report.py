@@ -289,8 +289,9 @@ def results(cfg: Config) -> dict:
         made = {k: record[k] for k in ('versions', 'hardware')}
         if made not in machines: machines.append(made)
         return {k: record.get(k) for k in STEP} | {
-            'fields': {k: v for k, v in record['fields'].items() if v != config.get(k)},  # those of the run but for these
-            'machine': machines.index(made), 'code': digest(record['code']), 'after': sorted(record['after'])}
+            'fields': {k: v for k, v in record['fields'].items() if v != config.get(k)},  # unlike the run's
+            'files': {name: file['sha256'][:32] for name, file in record['files'].items()},
+            'machine': machines.index(made), 'code': digest(record['code'])[:12], 'after': sorted(record['after'])}
     return {'run': cfg.folder.name, 'version': version(), 'preset': cfg.preset,
             'config': config,
             'data': [read_json(p)['fingerprint']
