@@ -14,13 +14,12 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import psutil
 import torch
 from threadpoolctl import threadpool_limits
 
 from .kit.datasets import Dataset, loaded
 from .kit.files import UserError
-from .kit.machine import progress
+from .kit.machine import memory_free, progress
 from .kit.stage import stage
 
 # %% ../nbs/01_data.ipynb #67187979
@@ -327,7 +326,7 @@ class Loader:
         kept = self.device.type == 'cpu' and not isinstance(images, np.memmap)  # an array in memory
         there = images.device == self.device if torch.is_tensor(images) else kept
         on_gpu = self.device.type == 'cuda'
-        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else memory_free()
         limit = free // 2 if memory_limit is None else memory_limit
         self.resident = there or len(self.index) * int(np.prod(images.shape[1:])) <= limit
         if self.resident and not there:

@@ -183,7 +183,7 @@ def model_card(about: dict) -> str:
     if test:
         scored = (f'Measured on {test["n"]:,} test images, which took no part in any choice; 95 % Wilson intervals:\n\n'
                   '| | | interval |\n|---|---|---|')
-        for k, v in ((k, v) for k, v in test.items() if k != 'n'):
+        for k, v in ((k, v) for k, v in test.items() if k != 'n' and v is not None):
             interval = '{:.4f} to {:.4f}'.format(*wilson(v, test['n'])) if k in ('accuracy', 'top5') else ''
             scored += f'\n| {k.replace("_", " ")} | {v:.4f} | {interval} |'
     if about['promise']: sure = promise_text(about['promise'])

@@ -82,7 +82,8 @@ def score_rows(logits, name: str) -> list[dict]:
         labels = logits[f'{split}_labels']
         m = classification_metrics(logits[f'{split}_logits'], labels)
         m['low'], m['high'] = wilson(m['accuracy'], len(labels))
-        rows.append({'model': name, 'split': split, 'n': len(labels), **{k: 100 * v for k, v in m.items()}})
+        percent = {k: None if v is None else 100 * v for k, v in m.items()}  # AUC of a single class: none
+        rows.append({'model': name, 'split': split, 'n': len(labels), **percent})
     return rows
 
 def score_metrics(logits, seed: int) -> list[dict]:

@@ -13,7 +13,7 @@ import math
 import re
 
 from .kit.config import Config
-from .kit.figures import read_claims, read_metrics
+from .kit.figures import MARKS, read_claims, read_metrics
 from .kit.files import digest, read_json
 from .kit.machine import version
 from .stats import correlation_interval, correlation_p, standard_error, verdict, verdicts, wilson
@@ -226,10 +226,9 @@ def listed(claims: dict) -> list[dict]:  # of `read_claims`
 
 def claims_rows(rows: list[dict]) -> str:
     "Write claims as a Markdown table."
-    marks = {True: '✓', False: '✗', None: '?'}
     escaped = lambda text: text.replace('|', '\\|')
     return '\n'.join(['| | chapter | claim | evidence |', '|---|---|---|---|'] + [
-        f'| {marks[r["holds"]]} | {r["chapter"]} | {escaped(r["claim"])} | {escaped(r["evidence"])} |' for r in rows])
+        f'| {MARKS[r["holds"]]} | {r["chapter"]} | {escaped(r["claim"])} | {escaped(r["evidence"])} |' for r in rows])
 
 def tally(rows: list[dict]) -> str:
     "Say how many claims hold, do not, and can't be told."
@@ -280,11 +279,14 @@ def contradictions() -> list[dict]:
     return [{'claim': claim, 'numbers': numbers} for claim, numbers in found.items()]
 
 # %% ../nbs/14_report.ipynb #b174150f
+STEP = ('stage', 'key', 'fields', 'content', 'kept', 'git', 'seconds', 'peak_memory_mb', 'files')
+
 def results(cfg: Config) -> dict:
     "Return all that a run knows of itself: configuration, metrics, comparison, and the records of its stages."
-    records = [read_json(p) for p in sorted((cfg.folder/'stages').glob('*/run.json')) if p.parent.suffix != '.partial']
-    machines = []  # what made them, each once
+    stages, machines = cfg.folder/'stages', []  # what made them, each once
+    records = [read_json(p) for p in sorted(stages.glob('*/run.json')) if p.parent.suffix != '.partial']
     config = read_json(cfg.folder/'run.json')['config']
+
     def step(record):
         made = {k: record[k] for k in ('versions', 'hardware')}
         if made not in machines: machines.append(made)
@@ -292,15 +294,14 @@ def results(cfg: Config) -> dict:
             'fields': {k: v for k, v in record['fields'].items() if v != config.get(k)},  # unlike the run's
             'files': {name: file['sha256'][:32] for name, file in record['files'].items()},
             'machine': machines.index(made), 'code': digest(record['code'])[:12], 'after': sorted(record['after'])}
-    return {'run': cfg.folder.name, 'version': version(), 'preset': cfg.preset,
-            'config': config,
-            'data': [read_json(p)['fingerprint']
-                     for p in (cfg.folder/'stages').glob('splits-*/result.json')],  # SHA-256 of images and labels
+
+    return {'run': cfg.folder.name, 'version': version(), 'preset': cfg.preset, 'config': config,
+            # SHA-256 of images and labels
+            'data': [read_json(p)['fingerprint'] for p in stages.glob('splits-*/result.json')],
             'metrics': read_metrics(cfg), 'reported_and_measured': compare(cfg), 'contradictions': contradictions(),
             'claims': listed(read_claims(cfg)), 'stages': [step(r) for r in records], 'machines': machines}
 
-STEP = ('stage', 'key', 'fields', 'content', 'kept', 'git', 'seconds', 'peak_memory_mb', 'files')
-
+# %% ../nbs/14_report.ipynb #a44abc30
 def schema() -> dict:
     "Return the JSON schema of `experiment_results.json`."
     text, number, whole = {'type': 'string'}, {'type': 'number'}, {'type': 'object'}

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['wilson', 'beyond', 'with_interval', 'bootstrap', 'sign_test', 'mcnemar', 'mean_interval', 'gained', 'standard_error',
-           'verdict', 'judged', 'verdicts', 'paired', 'two_way', 'holm', 'pairs', 'max_t', 'detectable', 'losses',
-           'mean_auc', 'confidence_summary', 'reliability', 'calibration_error', 'equal_mass_error',
-           'debiased_calibration_error', 'probability_scores', 'fit_temperature', 'risk_coverage', 'excess_aurc',
-           'selective_threshold', 'conformal_threshold', 'conformal_sets', 'correlation_p', 'correlation_interval',
-           'describe_correlation', 'correlate']
+           'verdict', 'judged', 'verdicts', 'paired', 'two_way', 'holm', 'max_t', 'detectable', 'losses', 'mean_auc',
+           'confidence_summary', 'reliability', 'calibration_error', 'equal_mass_error', 'debiased_calibration_error',
+           'probability_scores', 'fit_temperature', 'risk_coverage', 'excess_aurc', 'selective_threshold',
+           'conformal_threshold', 'conformal_sets', 'correlation_p', 'correlation_interval', 'describe_correlation',
+           'correlate']
 
 # %% ../nbs/00_stats.ipynb #6aac3eee
 import math
@@ -153,12 +153,6 @@ def holm(p) -> np.ndarray:
     corrected = np.empty(len(p))
     corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return corrected
-
-def pairs(right: dict) -> list[dict]:  # name → bool (n,); one row for each two, differences in points
-    "Compare every two methods on the same images by McNemar's test; p also corrected for the number of comparisons."
-    rows = [{'a': a, 'b': b, **mcnemar(right[a], right[b])} for i, a in enumerate(right) for b in list(right)[i + 1:]]
-    return [{**r, 'difference': 100 * r['difference'], 'holm': float(h)}
-            for r, h in zip(rows, holm([r['p'] for r in rows]))]
 
 # %% ../nbs/00_stats.ipynb #b907137e
 def max_t(d: np.ndarray,  # (seeds or images, rows): differences from one baseline

@@ -6,8 +6,8 @@
 __all__ = ['COUNTS', 'LONG', 'schedule', 'averaged', 'decays', 'initial_share', 'Loop', 'make_accelerator', 'start', 'Divided',
            'gather_features', 'optimise', 'train_step', 'halve', 'derived_seed', 'train_epoch', 'diagnosis',
            'group_rates', 'accuracy_and_loss', 'evaluate', 'classification_metrics', 'checkpoints', 'save_checkpoint',
-           'load_checkpoint', 'SignalCatcher', 'Checkpointer', 'has_compiler', 'compiles', 'shared_infer', 'val_logits',
-           'in_halves', 'validate', 'fit', 'batch_source']
+           'load_checkpoint', 'save_making_room', 'SignalCatcher', 'Checkpointer', 'has_compiler', 'compiles',
+           'shared_infer', 'val_logits', 'in_halves', 'validate', 'fit', 'batch_source']
 
 # %% ../nbs/04_train.ipynb #cdf7efd9
 import copy
@@ -309,6 +309,14 @@ def load_checkpoint(loop: Loop, folder: Path, name: str) -> bool:
         return True
     return False
 
+# %% ../nbs/04_train.ipynb #3f19b7ff
+def save_making_room(loop: Loop, folder: Path, name: str) -> Path:
+    "Write a checkpoint; on a full disk, again without the older of two. Raise `UserError` if that is not enough."
+    try: return save_checkpoint(loop, folder, name)
+    except UserError:
+        for old in checkpoints(folder, name)[1:]: old.unlink()
+    return save_checkpoint(loop, folder, name)
+
 # %% ../nbs/04_train.ipynb #3a6b3b0d
 class SignalCatcher:
     "Notes within a block that the process is asked to stop, in place of ending it; a second Ctrl-C ends it."
@@ -354,14 +362,12 @@ class Checkpointer(SignalCatcher):
         elif write: self.write()
 
     def write(self) -> Path | None:
-        "Write a checkpoint in the first process; if the disk is full, again without the older of two, else go on."
+        "Write a checkpoint in the first process; where there is no room even so, say it once and go on."
         self.last = time.monotonic()
         if not self.loop.accelerator.is_main_process: return None
-        for attempt in (1, 2):
-            try: return save_checkpoint(self.loop, self.folder, self.name)
-            except UserError as e: error = e
-            for old in checkpoints(self.folder, self.name)[1:]: old.unlink()
-        if not self.told: print(f'Note: {error} Training goes on; the last checkpoint stays.')
+        try: return save_making_room(self.loop, self.folder, self.name)
+        except UserError as e:
+            if not self.told: print(f'Note: {e} Training goes on; the last checkpoint stays.')
         self.told = True
 
     def stop(self):

@@ -87,9 +87,9 @@ def test_committed_runs_are_small_and_say_nothing_of_a_machine():
     listed = subprocess.run(['git', 'ls-files', 'outputs'], cwd=ROOT, capture_output=True, text=True).stdout.split()
     files = [ROOT/f for f in listed if (ROOT/f).exists()]
     sizes = [f.stat().st_size for f in files]
-    assert sizes and max(sizes) <= 500_000 and sum(sizes) <= 20_000_000
+    assert sizes and max(sizes) <= 500_000 and sum(sizes) <= 10_000_000
     machine = (f'{ROOT.parent}/', f'{Path.home()}/', 'site-packages', tempfile.gettempdir())
     for f in files:
         if f.suffix in ('.ipynb', '.json', '.csv'):
-            text = re.sub(r'[A-Za-z0-9+/=]{60,}', '', f.read_text(encoding='utf-8'))  # pictures spell anything
+            text = f.read_text(encoding='utf-8')
             assert not [word for word in machine if word in text], f

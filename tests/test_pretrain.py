@@ -289,8 +289,8 @@ def test_record_says_what_the_weights_are_worth(tmp_path):
     right = pretrain.probe_backbone(cfg, None)
     for row in fetch.shipped_record('book-digits')['probes']:
         if row['features'] == 'shipped weights':
-            # two images of 200, five of 900: other processors round otherwise
-            assert abs(100 * right[f'{row["method"]}_{row["split"]}'].mean() - row['accuracy']) < 1.1, row
+            # one image of 200, five of 900: other processors round otherwise
+            assert abs(100 * right[f'{row["method"]}_{row["split"]}'].mean() - row['accuracy']) < 0.6, row
 
 
 def test_images_that_the_weights_have_seen_are_counted(tmp_path):

@@ -131,7 +131,7 @@ def test_claims_are_kept_listed_and_counted(tmp_path):
     told = {'06_phase2': [figures.claim('It helps.', None, 'one | two'),
                           figures.claim('It moves.', np.bool_(True), '4 %')],
             '05_phase1': [figures.claim('It learns.', np.bool_(False), '9 %')]}
-    for chapter, rows in told.items(): figures.write_claims(cfg, chapter, rows)
+    for chapter, rows in told.items(): figures.write_findings(cfg, chapter, 'told', rows)
     rows = report.listed(figures.read_claims(cfg))
     assert [(r['chapter'], r['holds']) for r in rows] == [('05_phase1', False), ('06_phase2', None),
                                                           ('06_phase2', True)]

@@ -120,6 +120,7 @@ def tidy(notebook: Path, findings: Findings | None = None) -> str:
             data = output.get('data', {})
             if 'image/png' in data: data['image/png'] = smaller(data['image/png'])
     text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    text = re.sub(r'/[^\s"]*/ipykernel_\d+/\d+\.py', 'a cell', text)  # where warnings say they are from
     return text.replace(str(root()) + os.sep, '').replace(os.path.expanduser('~'), '~')
 
 

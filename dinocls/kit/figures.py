@@ -77,23 +77,9 @@ def read_findings(cfg: Config) -> dict:  # chapter → findings
     return {file.parent.name: Findings(read_json(file)) for file in sorted(cfg.folder.glob('*/findings.json'))}
 
 
-class Claims(list):
-    "A chapter's claims, shown with ✓, ✗ or ? and their evidence."
-    def _repr_markdown_(self):
-        return '\n'.join(f'- {MARKS[c["holds"]]} {c["claim"]} — {c["evidence"]}' for c in self)
-
-
-def write_claims(cfg: Config, chapter: str,  # as in '05_phase1'
-                 rows: list[dict]) -> Claims:
-    "Write a chapter's claims into its folder of the run, and return them for display."
-    write_json(cfg.folder/chapter/'claims.json', rows)
-    return Claims(rows)
-
-
 def read_claims(cfg: Config) -> dict:  # chapter → claims
     "Read the claims of all chapters of a run."
-    alone = {file.parent.name: Claims(read_json(file)) for file in sorted(cfg.folder.glob('*/claims.json'))}
-    return alone | {chapter: Claims(found['claims']) for chapter, found in read_findings(cfg).items()}
+    return {chapter: found['claims'] for chapter, found in read_findings(cfg).items()}
 
 
 def subplots(rows: int = 1, cols: int = 1,
@@ -106,20 +92,21 @@ def subplots(rows: int = 1, cols: int = 1,
 
 
 def headline(fig, title: str):
-    "Put a title, in bold, at the top left of a figure; return the figure."
-    fig.suptitle(title, x=0, ha='left', fontweight='bold', fontsize=11)
+    "Put a title, in bold, at the top left of a figure, in as many lines as it takes; return the figure."
+    fig.suptitle(title, x=0, ha='left', fontweight='bold', fontsize=11, wrap=True)
     return fig
 
 
 def save_figure(cfg: Config, chapter: str, name: str, fig,
                 alt: str = ''):  # what is to be seen, for whoever does not see it; empty: the title
-    """Write a figure as `<chapter>/<name>.png` into the run, with its title and alternative text inside, and as SVG
-    too where it holds lines alone; the notebook shows it as the cell ends."""
+    """Write a figure as `<chapter>/<name>.png` into the run, with its title and alternative text inside: pictures at
+    200 dots per inch, lines at the style's 100, and these as SVG too. The notebook shows it as the cell ends."""
     import matplotlib as mpl
     title = fig.get_suptitle() or ' · '.join(filter(None, (ax.get_title() for ax in fig.axes)))
-    told = {'Title': title, 'Description': alt or title}
-    with replacing(cfg.folder/chapter/f'{name}.png') as tmp: fig.savefig(tmp, metadata={'Software': None, **told})
-    if any(ax.images for ax in fig.axes): return
+    told, pictures = {'Title': title, 'Description': alt or title}, any(ax.images for ax in fig.axes)
+    with replacing(cfg.folder/chapter/f'{name}.png') as tmp:
+        fig.savefig(tmp, dpi=200 if pictures else 'figure', metadata={'Software': None, **told})
+    if pictures: return
     with replacing(cfg.folder/chapter/f'{name}.svg') as tmp, mpl.rc_context({'svg.hashsalt': 'dinocls'}):
         fig.savefig(tmp, format='svg', metadata={'Date': None, 'Creator': None, **told})
 

@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from .fetch import data_folder
 from .files import UserError, digest, expand, file_digest, locked, read_json, reason, replacing, write_json
-from .machine import cores, progress
+from .machine import cores, memory_free, progress
 
 
 MAX_PIXELS = 89_478_485  # Pillow's limit: a quarter of a GiB as RGB
@@ -195,7 +194,7 @@ CACHE_FROM = 2**20  # bytes of files
 
 def _in_memory(shape):
     "Return an empty array. Raise `UserError` if there is no memory for it."
-    if np.prod(shape, dtype=float) > psutil.virtual_memory().available:
+    if np.prod(shape, dtype=float) > memory_free():
         raise UserError(f'{shape[0]:,} pictures of {shape[2]}×{shape[1]} do not fit into memory: free space for them '
                         'on disk, or name a folder that has it with DINOCLS_DATA.')
     return np.zeros(shape, np.uint8)

@@ -25,12 +25,12 @@ def test_a_history_is_a_line_of_json_per_epoch(cfg):
 
 
 def test_claims_hold_or_not_or_cannot_be_told(cfg):
-    shown = figures.write_claims(cfg, '05_phase1', [
+    shown = figures.write_findings(cfg, '05_phase1', 'It does.', [
         figures.claim('the head has learned something', np.bool_(True), '96 % of 360, chance is 10 %'),
         figures.claim('phase 2 does no harm', False, '−2 images of 360'),
         figures.claim('it is real', None, 'one seed')])
-    assert figures.read_claims(cfg) == {'05_phase1': shown}
-    assert [line[:3] for line in shown._repr_markdown_().splitlines()] == ['- ✓', '- ✗', '- ?']
+    assert figures.read_claims(cfg) == {'05_phase1': shown['claims']}
+    assert [line[:3] for line in shown._repr_markdown_().splitlines()[2:]] == ['- ✓', '- ✗', '- ?']
 
 
 def test_findings_answer_first_and_carry_their_claims(cfg):
