@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT, refused, wait
 from PIL import Image
 
 from dinocls.kit.files import UserError
@@ -242,10 +242,10 @@ def test_a_picture_that_takes_too_much_ends_its_reader_alone(model):
 
 def test_a_reader_ends_with_the_time_of_its_request(model):
     "Nobody goes on decoding for a client that was told to come back."
-    with serving(model, readers=1, reader_seconds=60, timeout=1) as client:
+    with serving(model, readers=1, reader_seconds=60, timeout=2) as client:
         sentence(client.post('/predict', content=slow(), headers=KIND), 504)
-        assert client.post('/predict', content=PNG, headers=KIND).status_code in (200, 504)  # starts another
-        assert client.post('/predict', content=PNG, headers=KIND).status_code == 200
+        # another starts, for which a busy machine may take longer than a request's time
+        wait(lambda: client.post('/predict', content=PNG, headers=KIND).status_code == 200, 30)
         assert not [p for p in psutil.Process().children() if 'anyio' in ' '.join(p.cmdline())
                     and p.cpu_percent(0.2) > 50]
 
