@@ -58,6 +58,8 @@ def toy(tmp_path, monkeypatch):
     yield toys.toy
     stage.STAGES.pop('toy', None)
     sys.modules.pop('toys')
+    from joblib.externals.loky import get_reusable_executor
+    get_reusable_executor().shutdown(wait=True)  # the next test finds no worker that knows this module, or is dying
 
 
 @pytest.fixture
