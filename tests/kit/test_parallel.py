@@ -52,14 +52,14 @@ if __name__ == '__main__':
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     "A stage in a module of its own, which workers can import."
+    from joblib.externals.loky import get_reusable_executor
+    get_reusable_executor().shutdown(wait=True)  # of earlier tests: it is dying, or does not find this module
     (tmp_path/'toys.py').write_text(TOY)
     monkeypatch.syspath_prepend(tmp_path)
     import toys
     yield toys.toy
     stage.STAGES.pop('toy', None)
     sys.modules.pop('toys')
-    from joblib.externals.loky import get_reusable_executor
-    get_reusable_executor().shutdown(wait=True)  # the next test finds no worker that knows this module, or is dying
 
 
 @pytest.fixture
