@@ -91,6 +91,50 @@ def subplots(rows: int = 1, cols: int = 1,
     return plt.subplots(rows, cols, figsize=size, **kwargs)
 
 
+COLOURS = {  # one for each model and representation, through the whole book; Okabe & Ito 2008, and two greys
+    'raw pixels': '#888888', 'random weights': '#BBBBBB', 'from scratch': '#CC79A7',
+    'frozen features': '#0072B2', 'linear probe': '#0072B2', 'k-NN': '#56B4E9', 'phase 1': '#009E73',
+    'fine-tuned features': '#D55E00', 'phase 2': '#D55E00', 'ensemble': '#000000', 'test-time augmentation': '#E69F00',
+    'direct': '#CC79A7', 'LoRA': '#E69F00', 'right': '#0072B2', 'wrong': '#D55E00'}
+
+
+def class_looks(n: int) -> list[dict]:
+    "Return `n` looks that can be told apart, as arguments of `Axes.plot`: ten colours, then other markers."
+    from matplotlib import colormaps
+    return [{'color': colormaps['tab10'](i % 10), 'marker': 'osD^v*Pp'[i // 10 % 8], 'ls': ''} for i in range(n)]
+
+
+BOXES = {'data': '#FFFFFF', 'frozen': '#CFE3F1', 'learns': '#F9D9A8', 'step': '#ECECEC', 'result': '#CDE8DD'}
+
+
+def diagram(boxes: dict,  # text → (column, row, look of `BOXES`), or with a width in columns
+            arrows: list,  # (from, to), by the texts, or with a word beside the arrow
+            size: tuple = (7.2, 1.8),  # inches
+            title: str = ''):
+    "Draw boxes and the arrows between them, row 0 on top; say by a legend what is frozen and what learns."
+    from matplotlib.patches import FancyBboxPatch, Patch
+    fig, ax = subplots(size=size)
+    drawn = {}
+    for text, (x, y, look, *width) in boxes.items():
+        width = (*width, 0.74)[0]
+        drawn[text] = ax.add_patch(FancyBboxPatch((x - width / 2, -y - 0.24), width, 0.48, facecolor=BOXES[look],
+                                                  edgecolor='#444444', boxstyle='round,pad=0,rounding_size=0.08'))
+        ax.text(x, -y, text, ha='center', va='center', fontsize=9)
+    for start, end, *word in arrows:
+        (x0, y0, *_), (x1, y1, *_) = boxes[start], boxes[end]
+        ax.annotate('', (x1, -y1), (x0, -y0), arrowprops={'arrowstyle': '-|>', 'color': '#444444', 'shrinkA': 0,
+                    'shrinkB': 2, 'patchA': drawn[start], 'patchB': drawn[end]})
+        ax.text((x0 + x1) / 2, -(y0 + y1) / 2 + 0.06, *(word or ['']), ha='center', va='bottom', fontsize=8)
+    columns, rows, *_ = zip(*(b[:2] for b in boxes.values()))
+    ax.set(xlim=(min(columns) - 0.6, max(columns) + 0.6), ylim=(-max(rows) - 0.4, 0.4 - min(rows)))
+    ax.axis('off')
+    looks = [k for k in ('frozen', 'learns') if any(b[2] == k for b in boxes.values())]
+    if looks:
+        fig.legend(handles=[Patch(facecolor=BOXES[k], edgecolor='#444444', label=k) for k in looks],
+                   loc='outside lower center', ncols=2)
+    return headline(fig, title) if title else fig
+
+
 def headline(fig, title: str):
     "Put a title, in bold, at the top left of a figure, in as many lines as it takes; return the figure."
     fig.suptitle(title, x=0, ha='left', fontweight='bold', fontsize=11, wrap=True)

@@ -86,6 +86,14 @@ def fit_to(picture, size: tuple):  # (width, height)
     return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
 
 
+def photograph(name: str,  # flower or china, the two that come with scikit-learn
+               side: int):  # pixels
+    "Return a real photograph to look at, as a square Pillow image."
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+    return fit_to(Image.fromarray(load_sample_image(f'{name}.jpg')), (side, side))
+
+
 SUFFIXES = {'', *('.apng .bmp .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pgm .png .pnm .ppm '
                   '.tif .tiff .webp').split(),  # what is none of `FORMATS` is meant, too, and refused when it is read
             *'.avif .heic .heif .ico .jxl .pfm .psd .svg .tga'.split()}

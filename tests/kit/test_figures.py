@@ -66,3 +66,18 @@ def test_a_figure_and_a_table_change_only_with_their_result(cfg):
         return [(cfg.folder/'05_phase1'/name).read_bytes() for name in ('line.png', 'table.csv', 'line.svg')]
     assert draw() == draw()
     assert draw()[1] == b'a\n1.5\n'
+
+
+def test_ten_classes_and_more_have_looks_that_can_be_told_apart():
+    looks = [(look['color'], look['marker']) for look in figures.class_looks(40)]
+    assert len(set(looks)) == 40 and len({colour for colour, _ in looks[:10]}) == 10
+
+
+def test_a_diagram_has_its_boxes_in_place_and_says_what_is_frozen():
+    import matplotlib.pyplot as plt
+    fig = figures.diagram({'backbone': (0, 0, 'frozen'), 'head': (1, 0, 'learns'), 'logits': (2, 1, 'result')},
+                          [('backbone', 'head', 'embedding'), ('head', 'logits')], title='Only the head learns')
+    written = {t.get_text(): t.get_position() for t in fig.axes[0].texts}
+    assert written['backbone'] == (0, 0) and written['logits'] == (2, -1) and 'embedding' in written
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ['frozen', 'learns']
+    plt.close(fig)

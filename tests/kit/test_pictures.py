@@ -330,3 +330,8 @@ def test_what_changes_in_a_folder_changes_its_key(tmp_path):
     assert new()
     colours(place, 4, ('train',), 'd')
     assert new()
+
+
+def test_a_photograph_to_look_at_is_square_and_real():
+    picture = pictures.photograph('china', 64)
+    assert picture.size == (64, 64) and len(picture.getcolors(4096)) > 1000
