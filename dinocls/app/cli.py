@@ -120,6 +120,19 @@ def publish(preset: PresetOption = '', config: ConfigOption = None, set: SetOpti
     print(f'{short(make(settings(preset, config, set, out), study=study))} is written, and its record beside it.')
 
 
+@app.command()
+def train(folder: Annotated[Path, typer.Argument(
+              help='pictures in folders of their classes, folder/cat/1.jpg, or in train/, val/ and test/ with these')],
+          minutes: Annotated[float, Option('--minutes', min=0.1, help='time that training may take')] = 10.0,
+          set: SetOption = None, out: OutOption = None):
+    "Learn from your own pictures: look them over, choose a model, train it, and say what came of it."
+    from .train import learn, plan, report, shortcomings
+    cfg, told = plan(folder, minutes, out, parse_overrides(shlex.join(set or [])))
+    open_run(cfg)
+    for sentence in (*told, *shortcomings(cfg)): print(sentence, flush=True)
+    print('', report(learn(cfg)), sep='\n')
+
+
 A_MODEL = "production folder, stage folder or checkpoint; default: the run's production folder"
 ModelOption = Annotated[Path | None, Option('--model', '-m', help=A_MODEL)]
 DeviceOption = Annotated[str, Option('--device', help='auto, cpu, cuda or cuda:1')]

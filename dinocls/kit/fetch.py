@@ -340,6 +340,8 @@ def weights_file(backbone: str, weights: str = '', hub: str = '') -> Path:  # as
                         '.safetensors file.')
     elif not file:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
+        logging.set_verbosity_error()  # of each retry
         try: file = Path(hf_hub_download(f'timm/{hub}', 'model.safetensors'))
         except Exception as e:  # the hub client raises many kinds
             raise UserError(f'The weights of {backbone} are not in the cache and could not be downloaded '

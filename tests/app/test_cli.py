@@ -24,12 +24,12 @@ def test_the_command_line_is_light():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '[]\n'
 
 
-@pytest.mark.parametrize('command', ['run', 'stage', 'list', 'doctor', 'download', 'publish', 'predict', 'export',
-                                     'bench', 'serve', 'sync'])
+@pytest.mark.parametrize('command', ['run', 'stage', 'list', 'doctor', 'download', 'train', 'publish', 'predict',
+                                     'export', 'bench', 'serve', 'sync'])
 def test_each_command_explains_itself(command, in_process):
     said = in_process(command, '-h')
     assert said.returncode == 0 and f'dinocls {command}' in said.stdout
-    assert command == 'sync' or '--preset' in said.stdout
+    assert command in ('train', 'sync') or '--preset' in said.stdout
 
 
 # --- settings
