@@ -1,4 +1,4 @@
-"The report and the README: each number in them was measured by the run that they name."
+"The report and its page: each number in them was measured by the run that they name."
 import json
 import re
 
@@ -10,7 +10,7 @@ from conftest import ROOT
 from dinocls.kit import config, figures
 from dinocls import report
 
-QUICK = ROOT/'outputs'/'record-quick'
+QUICK, REPORTED = ROOT/'outputs'/'record-quick', ROOT/'docs'/'reported.md'
 METRICS = [row for file in sorted(QUICK.glob('*/metrics.json')) for row in json.loads(file.read_text())]
 CLAIMS = report.listed(figures.read_claims(config.preset('quick', out=str(QUICK))))
 OLDER = 'the committed run is older than its chapters: renew it with `make record`'
@@ -18,7 +18,7 @@ UNITS = {'%': '%', 'points': 'points', '/s': '/s'}
 
 
 def readme_rows(text: str) -> list[list[str]]:
-    "Return the cells of the README's compared rows."
+    "Return the cells of the page's compared rows."
     block = re.search(r'<!-- begin: reported -->\n(.*?)<!-- end: reported -->', text, re.S)[1]
     return [[c.strip() for c in line.strip('|').split('|')] for line in block.splitlines() if line.startswith('| ')
             and not line.startswith('| |')]
@@ -37,13 +37,13 @@ def strangers(rows: list[list[str]], metrics: list[dict]) -> list[str]:
     return found
 
 
-def test_each_number_of_the_readme_is_a_metric_of_the_committed_run():
-    rows = readme_rows((ROOT/'README.md').read_text())
+def test_each_number_of_the_page_is_a_metric_of_the_committed_run():
+    rows = readme_rows(REPORTED.read_text())
     assert len(rows) > 50 and not strangers(rows, METRICS)
 
 
 def test_a_number_that_nobody_measured_is_found():
-    rows = readme_rows((ROOT/'README.md').read_text())
+    rows = readme_rows(REPORTED.read_text())
     i = next(i for i, r in enumerate(rows) if r[0] == 'accuracy (%)')
     assert strangers([*rows[:i], [*rows[i][:2], '99.41', *rows[i][3:]]], METRICS) == ['accuracy (%): 99.41']
 
@@ -59,7 +59,7 @@ def test_each_number_of_the_executed_report_is_a_metric_of_its_run():
 
 
 def test_the_summary_names_measured_numbers():
-    summary = re.search(r'<!-- begin: summary -->\n(.*?)\n<!-- end', (ROOT/'README.md').read_text(), re.S)[1]
+    summary = re.search(r'<!-- begin: summary -->\n(.*?)\n<!-- end', REPORTED.read_text(), re.S)[1]
     known = {f'{100 * m["value"]:.2f}' for m in METRICS if m['value'] is not None and 0 <= m['value'] <= 1}
     shown = re.findall(r'(\d+\.\d+) % \(', summary)
     assert len(shown) == 3 and set(shown) <= known

@@ -359,7 +359,7 @@ def _weights_at_hand(cfg: Config) -> str:
 @app.command()
 def sync(check: Annotated[bool, Option(
         '--check', help='change nothing; exit with 1 if something would change')] = False):
-    "Bring badges, Colab cells and the README's generated blocks up to date with settings.ini and the committed run."
+    "Bring badges, Colab cells and generated blocks of README and docs up to date with settings and committed run."
     stale = {p: text for p, text in generated(chapters()).items() if p.read_text(encoding='utf-8') != text}
     for path, text in stale.items():
         print(f'{short(path)} {"is out of date: run dinocls sync" if check else "brought up to date"}')

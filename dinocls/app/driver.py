@@ -33,6 +33,7 @@ class Chapter:
     claim: str  # one line
     reads: tuple  # names of chapters it depends on
     cost: dict  # preset → seconds
+    question: str = ''  # the first sentence in bold that asks
     alone: bool = False  # measures time, so nothing may run beside it
 
     @property
@@ -49,8 +50,9 @@ def read_chapter(path: Path) -> Chapter:
     reads, cost, runs = (rows.get(name, '') for name in ('reads', 'cost', 'runs'))
     seconds = {preset: float(number) * {'s': 1, 'min': 60, 'h': 3600}[unit]
                for preset, number, unit in re.findall(r'(\w+) ([\d.]+) (s|min|h)\b', cost)}
+    question = next((q for text in prose for q in re.findall(r'\*\*([^*]+\?)\*\*', text)), '')
     return Chapter(path.stem, path, title, claim, ('all',) if reads == 'all' else tuple(re.findall(r'`(\w+)`', reads)),
-                   seconds, runs.startswith('alone'))
+                   seconds, question, runs.startswith('alone'))
 
 
 def chapters() -> list[Chapter]:

@@ -45,7 +45,12 @@ def test_outputs_and_foreign_badges_are_mended(book):
 
 
 def test_tables_list_all():
-    assert all(f'nbs/{c.name}.ipynb' in line for c, line in zip(BOOK, site.chapter_table(BOOK).splitlines()[2:]))
+    found = {BOOK[0].name: {'figure': 'key', 'alt': 'A "bar" | two', 'answer': 'Yes.', 'claims': []}}
+    lines = site.chapter_table(BOOK, found).splitlines()[2:]
+    assert all(f'{site.RECORD}/{c.name}.ipynb' in line for c, line in zip(BOOK, lines, strict=True))
+    assert f'{BOOK[0].name}/key.png" width="180" alt="A bar ,  two"' in lines[0] and lines[0].count(' | ') == 2
+    told = site.findings_list(BOOK, found, 'Run x.')
+    assert told.startswith(f'- **[{BOOK[0].question}]') and 'Yes.' in told and '\n- ' not in told and 'Run x.' in told
     assert [line.split('`')[1] for line in site.preset_table().splitlines()[2:]] == [*PRESETS]
 
 
@@ -68,7 +73,7 @@ def test_sync_mends_and_check_only_tells(tmp_path, monkeypatch, in_process):
 
 def test_the_record_is_of_the_chapters_as_they_are_or_says_of_which_commit():
     said = site.of_which_commit(RECORD, BOOK)
-    assert said in README
+    assert said in (ROOT/'docs'/'reported.md').read_text(encoding='utf-8')
     if said.startswith('It is of commit'): assert re.fullmatch('[0-9a-f]{12}', re.search('`(.*)`', said)[1])
 
 
