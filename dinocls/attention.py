@@ -105,7 +105,7 @@ def outliers(norms: np.ndarray, times: float = 3) -> np.ndarray:  # bool, the sa
 
 # %% ../nbs/11_attention.ipynb #83c4b33a
 def rollout(rolled: Tensor | None,  # of the blocks before (b, tokens, tokens); None: there are none
-         weights: Tensor) -> Tensor:  # of this block (b, heads, tokens, tokens)
+            weights: Tensor) -> Tensor:  # of this block (b, heads, tokens, tokens)
     "Take attention rollout one block further."
     mixed = weights.mean(1) + torch.eye(weights.shape[-1], device=weights.device)
     mixed = mixed / mixed.sum(-1, keepdim=True)
@@ -145,8 +145,10 @@ def gradient_maps(model: nn.Module,  # a `Classifier`, not frozen
     _check(body, images)
     attn = body.blocks[-1].attn
     fused = attn.fused_attn
-    def keep(module, args): seen.append(args[0].requires_grad_())
-    with attn.attn_drop.register_forward_pre_hook(keep), _evaluating(model), torch.enable_grad():
+    def keep(module, args):
+        torch.set_grad_enabled(True)  # from here on: what is below needs none
+        seen.append(args[0].requires_grad_())
+    with attn.attn_drop.register_forward_pre_hook(keep), _evaluating(model), torch.no_grad():
         attn.fused_attn = False
         try: logits = model(images)
         finally: attn.fused_attn = fused
