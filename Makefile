@@ -1,6 +1,7 @@
 # make book         install, then execute every chapter on the embedded default (no network beyond the package index, no GPU)
 # make test         install, then run every test: the notebooks, then tests/
 # make check        install, then look over the code and run the tests that take no time: within a minute
+# make site         install, then build the book's site from the committed run into _site
 # make lab          install, then open JupyterLab on the chapters
 # make export       after changing a notebook: outputs away, library and README written anew
 # make record       execute the committed run anew, all of it
@@ -12,7 +13,7 @@ READY := .venv/.ready
 CODE = nbs tests benchmarks setup.py dinocls/kit dinocls/app  # the other modules are checked as the notebooks they come from
 WORKERS = $$($(BIN)/python -c 'from dinocls.kit.machine import cores; print(min(cores(), 8))')
 
-.PHONY: book test check lab export record constraints hooks clean help
+.PHONY: book test check site lab export record constraints hooks clean help
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -29,6 +30,9 @@ check: $(READY)
 	$(BIN)/dinocls sync --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not slow' tests
 
+site: $(READY)
+	$(BIN)/dinocls site
+
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir nbs
 
@@ -44,7 +48,7 @@ record: $(READY)
 
 constraints: $(READY)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --upgrade --output-file constraints.txt
+	$(BIN)/uv pip compile setup.py --extra dev --extra site --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --upgrade --output-file constraints.txt
 
 hooks: $(READY)
 	$(BIN)/nbdev_install_hooks
@@ -58,4 +62,4 @@ $(READY): constraints.txt settings.ini setup.py
 	@touch $(READY)
 
 clean:
-	rm -rf .venv outputs/*/stages outputs/*/html outputs/smoke
+	rm -rf .venv outputs/*/stages outputs/*/html outputs/smoke _site
