@@ -73,20 +73,23 @@ def write_sources(run: Path, source: Path, book: list):
     for file in run.glob('*/*.png'):
         (source/file.parent.name).mkdir(exist_ok=True)
         shutil.copy(file, source/file.parent.name)
+    for c in book: shutil.copy(run/f'{c.name}.ipynb', source/'data')  # as it was executed
     shutil.copy(root()/'nbs'/'glossary.md', source)
     shutil.copy(HERE/'web'/'play.js', source/'data')
     (source/'_static').mkdir()
     for name in ('web/site.css', 'static/icon.svg'): shutil.copy(HERE/name, source/'_static')
 
 
-CONFIG = {'title': 'dinocls', 'author': 'The dinocls authors', 'copyright': '2026 onwards', 'only_build_toc_files': True,
-          'execute': {'execute_notebooks': 'off'}, 'html': {'favicon': '_static/icon.svg'},
-          'latex': {'use_jupyterbook_latex': False}}
+CONFIG = {'title': 'dinocls', 'author': 'The dinocls authors', 'copyright': '2026 onwards',
+          'only_build_toc_files': True, 'execute': {'execute_notebooks': 'off'},
+          'html': {'favicon': '_static/icon.svg'}, 'latex': {'use_jupyterbook_latex': False}}
 SPHINX = {'extensions': ['sphinx_copybutton', 'myst_nb', 'jupyter_book', 'sphinx_external_toc', 'sphinx_design',
                          'sphinx_book_theme', 'dinocls.app.website'],  # without those that fetch from elsewhere
-          'html_math_renderer': 'mathml', 'html_extra_path': ['data'], 'html_last_updated_fmt': None,
-          'myst_heading_anchors': 3, 'myst_update_mathjax': False, 'nb_ipywidgets_js': {}, 'numfig': False,
-          'html_theme_options': {'navbar_persistent': []}}
+          'html_extra_path': ['data'], 'html_copy_source': False,
+          'html_theme_options': {'navbar_persistent': [], 'use_download_button': False},
+          'html_math_renderer': 'mathml', 'myst_update_mathjax': False, 'myst_heading_anchors': 3, 'numfig': False,
+          'nb_ipywidgets_js': {}, 'nb_render_markdown_format': 'myst',
+          'nb_code_prompt_show': 'Show the code', 'nb_code_prompt_hide': 'Hide the code'}
 
 
 def setup(app):
@@ -134,12 +137,17 @@ def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; boo
         cell['source'] = text
     done = record['chapters'].get(c.name, {})
     took = f': {done["seconds"]:.0f} s, {done["peak_mb"]:,} MB' if 'seconds' in done else ''
-    chips = {'Open in Colab': colab, 'Executed notebook': f'_sources/{c.name}.ipynb', 'Source': source,
+    chips = {'Open in Colab': colab, 'Executed notebook': f'{c.name}.ipynb', 'Source': source,
              f'Run {run.name}{took}': 'record.html'}
     row = ' '.join(f'<a class="chip" href="{url}">{text}</a>' for text, url in chips.items())
     nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'links', 'metadata': {}, 'source': row})
-    nb['cells'] = [cell for cell in nb['cells'] if cell['source'] or cell.get('outputs')]
-    return json.dumps(nb)
+    cells, folded = [], None
+    for cell in nb['cells']:
+        fold = 'hide-cell' in cell['metadata'].get('tags', ()) and not cell.get('outputs')
+        if fold and folded: folded['source'] += f'\n\n{cell["source"]}'  # one to unfold, not four
+        elif cell['source'] or cell.get('outputs'): cells.append(cell)
+        folded = folded or cell if fold and cell['source'] else None
+    return json.dumps(nb | {'cells': cells})
 
 
 def picture(path: str, alt: str, look: str = 'large') -> str:
