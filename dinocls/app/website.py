@@ -70,7 +70,7 @@ def write_sources(run: Path, source: Path, book: list):
     for name, text in texts.items():
         (source/name).parent.mkdir(exist_ok=True)
         (source/name).write_text(text, encoding='utf-8')
-    for file in run.glob('*/*.png'):
+    for file in run.glob('*/[!.]*.png'):
         (source/file.parent.name).mkdir(exist_ok=True)
         shutil.copy(file, source/file.parent.name)
     for c in book: shutil.copy(run/f'{c.name}.ipynb', source/'data')  # as it was executed
@@ -109,7 +109,7 @@ def figures(run: Path, chapter: str) -> dict:  # file's name → title, descript
     "Return what the figures of a chapter say of themselves."
     from PIL import Image
     found = {}
-    for file in sorted((run/chapter).glob('*.png')):
+    for file in sorted((run/chapter).glob('[!.]*.png')):
         with Image.open(file) as image: text = getattr(image, 'text', {})
         title = ' '.join(text.get('Title', '').split()) or file.stem.replace('_', ' ')
         found[file.stem] = title, ' '.join(text.get('Description', '').split()) or title
@@ -209,7 +209,7 @@ def gallery(run: Path, book: list) -> str:
         drawn = figures(run, c.name)
         parts += [f'## {c.title}'] if drawn else []
         parts += [f':::{{figure}} {c.name}/{name}.png\n:target: {c.name}.html\n:alt: {said}\n\n**{title}**'
-                  + (f' {said}' if said != title else '') + '\n:::' for name, (title, said) in drawn.items()]
+                  + (f'\\\n{said}' if said != title else '') + '\n:::' for name, (title, said) in drawn.items()]
     return '\n\n'.join(parts)
 
 

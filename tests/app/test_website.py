@@ -106,7 +106,7 @@ def test_the_first_page_shows_the_findings_that_could_be_decided():
 def test_all_figures_are_shown_with_what_they_say(run):
     figure(run/'02_last'/'two.png')
     page = website.gallery(run, chapters())
-    assert '**Up** A line goes up.' in page and ':alt: two' in page and page.count(':target:') == 2
+    assert '**Up**\\\nA line goes up.' in page and ':alt: two' in page and page.count(':target:') == 2
 
 
 def test_the_reference_is_what_stands_in_the_file(tmp_path):
