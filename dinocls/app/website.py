@@ -34,9 +34,10 @@ def build_site(run: Path, to: Path, book: list) -> Path:  # run folder; site's f
         made = subprocess.run([sys.executable, '-c', 'from jupyter_book.cli.main import main; main()', 'build', tmp],
                               capture_output=True, text=True, cwd=tmp)
         if made.returncode: raise UserError(f'jupyter-book failed: {(made.stderr or made.stdout).strip()[-2000:]}')
-        for page in built.rglob('*.html'):  # what unfolds a part of the sidebar has no name for screen readers
-            page.write_text(page.read_text('utf-8').replace('<summary><span class="toctree-toggle', (
-                '<summary aria-label="Its pages"><span class="toctree-toggle')), 'utf-8')
+        for page in built.rglob('*.html'):  # what unfolds is to be called what it says, and else something
+            text = page.read_text('utf-8').replace('<summary aria-label="Toggle hidden content">', '<summary>')
+            text = text.replace('<summary><span class="toctree', '<summary aria-label="Its pages"><span class="toctree')
+            page.write_text(text, 'utf-8')
         lost = re.findall(r'\S*: WARNING: (.*(?:xref_missing|not readable).*)', made.stderr)
         if found := lost + faults(built): raise UserError('The site is not whole:\n' + '\n'.join(found))
         shutil.rmtree(to, ignore_errors=True)
