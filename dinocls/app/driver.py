@@ -22,6 +22,7 @@ from ..kit.files import UserError, digest, file_digest, locked, nearest, read_js
 from ..kit.machine import cores, git_commit, hardware, memory_free, versions
 from ..kit.stage import PACKAGE, STAGES, content_of, forget, open_run, record_of
 from .site import read_notebook, write_pages
+from .website import write_beside
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,7 @@ def _run_locked(run: Run, force: bool) -> int:
     for name in bad: print(f'{name} {outcome(run.ended[name])}')
     for folder in (cfg.folder/'stages').iterdir() if cfg.keep else ():
         if why := (record_of(folder) or {}).get('kept'): print(f'Note: {folder.name} is kept, although {why}.')
+    write_beside(cfg)
     page, spent = write_pages(cfg.folder, run.book), duration(time.time() - run.show.begin)
     print(f'{len(run.ended) - len(bad)} of {len(run.ended)} chapters in {spent}. Results: {short(cfg.folder)}. '
           f'Open {short(page)}')

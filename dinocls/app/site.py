@@ -25,14 +25,16 @@ def read_notebook(path: Path) -> dict:
 def write_pages(folder: Path, book: list) -> Path:  # run folder; chapters
     "Write each executed chapter as a page, and a page of contents; return the latter. What is newer stays."
     from nbconvert import HTMLExporter
-    exporter, done = HTMLExporter(), [c for c in book if (folder/f'{c.name}.ipynb').exists()]
+    exporter, done = HTMLExporter(embed_images=True), [c for c in book if (folder/f'{c.name}.ipynb').exists()]
     for c in done:
         source, page = folder/f'{c.name}.ipynb', folder/'html'/f'{c.name}.html'
         if page.exists() and page.stat().st_mtime > source.stat().st_mtime: continue
-        try: body, _ = exporter.from_file(str(source), {'metadata': {'name': f'{c.title} · dinocls'}})
+        about = {'metadata': {'name': f'{c.title} · dinocls', 'path': str(folder)}}  # where its pictures are
+        try: body, _ = exporter.from_file(str(source), about)
         except Exception as e:  # whatever a damaged one makes nbconvert raise
             print(f'Note: {source} is damaged ({reason(e)}): run the chapter again.')
             continue
+        body = body.replace('href="glossary.md', 'href="../glossary.md')
         with replacing(page) as tmp: tmp.write_text(body, encoding='utf-8')
     items = '\n'.join(f'<li><a href="html/{c.name}.html">{c.title}</a><br><span>{c.claim}</span></li>' for c in done)
     contents = CONTENTS.format(run=folder.name, items=items)

@@ -6,6 +6,7 @@ from configparser import ConfigParser
 
 import pytest
 from conftest import ROOT, chapter
+from PIL import Image
 
 from dinocls.app import site
 from dinocls.app.driver import chapters
@@ -97,8 +98,13 @@ def test_pages_are_written_for_what_was_executed_and_kept_while_newer(book):
     for name in ('01_first', '02_later'): chapter(book, name, '1 + 1')
     found = chapters()
     (run := book/'run').mkdir()
-    (run/'01_first.ipynb').write_text((book/'nbs'/'01_first.ipynb').read_text())
+    nb = json.loads((book/'nbs'/'01_first.ipynb').read_text())
+    nb['cells'][1]['source'] = '![A dot](01_first/dot.png) is a [word](glossary.md#word)'
+    (run/'01_first.ipynb').write_text(json.dumps(nb))
+    (run/'01_first').mkdir()
+    Image.new('L', (1, 1)).save(run/'01_first'/'dot.png')
     contents, page = site.write_pages(run, found), run/'html'/'01_first.html'
+    assert 'src="data:image/png' in page.read_text() and 'href="../glossary.md#word"' in page.read_text()
     assert '01_first · dinocls' in page.read_text() and [p.name for p in page.parent.iterdir()] == ['01_first.html']
     assert 'html/01_first.html' in contents.read_text() and '02_later' not in contents.read_text()
     page.write_text('kept')
