@@ -19,7 +19,7 @@ from ..kit.config import Config, format_overrides, root
 from ..kit.fetch import shipped_record
 from ..kit.figures import Findings, read_findings
 from ..kit.files import UserError, digest, file_digest, locked, nearest, read_json, reason, replacing, write_json
-from ..kit.machine import cores, git_commit, hardware, memory_free, versions
+from ..kit.machine import cores, git_commit, hardware, install, memory_free, versions
 from ..kit.stage import PACKAGE, STAGES, content_of, forget, open_run, record_of
 from .site import read_notebook, write_pages
 from .website import write_beside
@@ -334,8 +334,7 @@ def run_book(cfg: Config, which: str = '', force: bool = False,
     "Execute the chosen chapters of the book; return the exit status. Raise `UserError` before anything starts."
     from filelock import Timeout
     try: import nbconvert, papermill  # noqa: F401
-    except ImportError: raise UserError("Executing the book needs papermill and Jupyter: "
-                                        "pip install 'dinocls[book]'.") from None
+    except ImportError: raise UserError(f'Executing the book needs papermill and Jupyter: {install("book")}.') from None
     papermill.log.logger.disabled = True  # errors are told by the records
     chosen = choose(chapters(), which)
     if eager: chosen = [c if read_chapter(c.path).reads == ('all',) else replace(c, reads=()) for c in chosen]

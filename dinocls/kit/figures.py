@@ -153,6 +153,17 @@ def headline(fig, title: str):
     return fig
 
 
+def tile(ax, image,  # (h, w, 3), or what else `imshow` takes
+         above: str = '', below: str = '',
+         colour: str = 'k'):  # of what is below
+    "Show an image without axes, with a few words above and below it."
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.set_title(above, fontsize=9, fontweight='normal', loc='center', pad=3)
+    ax.set_xlabel(below, fontsize=10, fontweight='bold', color=colour, labelpad=3)
+
+
 def save_figure(cfg: Config, chapter: str, name: str, fig,
                 alt: str = ''):  # what is to be seen, for whoever does not see it; empty: the title
     """Write a figure as `<chapter>/<name>.png` into the run, with its title and alternative text inside: pictures at

@@ -49,6 +49,11 @@ def git_commit() -> str:
     except (OSError, subprocess.SubprocessError): return ''
 
 
+def install(extra: str) -> str:  # a name of settings.ini, as lora of `lora_requirements`
+    "Say how the libraries of an extra are installed."
+    return f"`pip install '.[{extra}]'` in the book's folder"
+
+
 def versions() -> dict:
     "Return the versions of Python and of the libraries that decide results."
     from importlib.metadata import PackageNotFoundError, version as installed
