@@ -31,9 +31,10 @@ from .kit.datasets import loaded
 from .kit.files import UserError, replacing, write_json
 from .kit.machine import progress
 from .kit.stage import stage, variant
+from .kit.training import Checkpointer, checkpoints, compiles, load_checkpoint
 from .model import BACKBONES, backbone, device, fit_weights, infer, random_backbone
 from .probe import knn, linear_probe, pixels, probe_one
-from .train import Checkpointer, Loop, checkpoints, compiles, load_checkpoint, optimise, start
+from .train import Loop, optimise, start
 
 # %% ../nbs/A1_pretrain.ipynb #8a5e8a39
 def affine(b: int, cfg, generator, strength: float = 1.0) -> Tensor:  # (b, 2, 3)
