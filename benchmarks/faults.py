@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from dinocls.kit import config, files, machine
+from dinocls.kit.training import load_checkpoint, save_checkpoint
 from dinocls.data import Loader
 from dinocls.model import classifier
-from dinocls.train import Divided, load_checkpoint, save_checkpoint, start, train_epoch
+from dinocls.train import Divided, start, train_epoch
 
 # minutes between checkpoints; seconds within which a kill comes
 COMMAND, MINUTES, SPAN = str(Path(sys.executable).with_name('dinocls')), 0.01, 3.0

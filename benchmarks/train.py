@@ -25,10 +25,11 @@ import numpy as np
 import torch
 
 from dinocls.kit import config, files, machine
+from dinocls.kit.training import compiles
 from dinocls.augment import MEAN, STD
 from dinocls.data import Loader
 from dinocls.model import autocast, classifier, precision
-from dinocls.train import Divided, compiles, start, train_epoch
+from dinocls.train import Divided, start, train_epoch
 
 GPU, WORKERS, CLASSES = torch.cuda.is_available(), max(2, machine.cores() // 2), 10
 DEVICE, SYNC = torch.device('cuda' if GPU else 'cpu'), torch.cuda.synchronize if GPU else lambda: None

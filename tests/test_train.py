@@ -17,23 +17,24 @@ import torch
 from conftest import COMMAND, ROOT, dinocls, environment, wait
 
 from dinocls.kit import config, files
+from dinocls.kit.training import Checkpointer, checkpoints
 from dinocls import train
 from dinocls.data import load_split
 from dinocls.model import classifier
-from dinocls.train import checkpoints, fit
+from dinocls.train import fit
 
 pytestmark = pytest.mark.slow  # it trains
 
 SMALL = config.preset('smoke', device='cpu', out='/nonexistent')
 
 
-def run(folder, epochs=2, change=None, **fields):
+def run(folder, epochs=2, change=None, rate=1e-3, **fields):
     "Train the small model on 100 images, two steps an epoch."
     cfg = dataclasses.replace(config.preset('smoke', device='cpu', out=str(folder/'run')), **fields)
     data = [tuple(t[:100] for t in load_split(cfg, s)) for s in ('train', 'val')]
     model = classifier(cfg, 10)
     if change: change(model)
-    return fit(model, *data, cfg, epochs=epochs, lr_backbone=1e-3, lr_head=1e-3, folder=folder)
+    return fit(model, *data, cfg, epochs=epochs, lr_backbone=rate, lr_head=rate, folder=folder)
 
 
 def losses(result): return [r['loss'] for r in result['history']]
@@ -78,6 +79,30 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_training_goes_on(tm
     assert said.count('No space left') == 1 and 'goes on' in said
     assert [c.name[:29] for c in checkpoints(tmp_path, 'fit')] == ['checkpoint-fit-00000-0000002-']
     assert not list(tmp_path.glob('.checkpoint*'))
+
+
+def test_stopped_within_an_epoch_and_continued_a_run_ends_in_the_same_bits(tmp_path, monkeypatch):
+    steps, original = iter(range(1, 99)), Checkpointer.after_step
+    def after_step(keeper):
+        if next(steps) == 1: signal.raise_signal(signal.SIGINT)
+        original(keeper)
+    whole = run(tmp_path/'a')
+    monkeypatch.setattr(Checkpointer, 'after_step', after_step)
+    with pytest.raises(KeyboardInterrupt): run(tmp_path/'b')
+    assert [c.name[:29] for c in checkpoints(tmp_path/'b', 'fit')] == ['checkpoint-fit-00000-0000001-']
+    with pytest.raises(files.UserError, match='batch_size=50'): run(tmp_path/'b', batch_size=25)
+    continued = run(tmp_path/'b')
+    assert all(torch.equal(v, continued['weights'][k]) for k, v in whole['weights'].items())
+    assert np.array_equal(whole['val_logits_by_epoch'], continued['val_logits_by_epoch'])
+    for row in (*whole['history'], *continued['history']): row.pop('seconds')
+    assert whole['history'] == continued['history']
+
+
+def test_an_absurd_rate_ends_with_the_last_good_weights(tmp_path):
+    with pytest.raises(files.UserError, match='3 steps in a row.* the last good weights are in .*checkpoint-fit'):
+        run(tmp_path, epochs=40, rate=1e30, bad_steps=3)
+    state = torch.load(checkpoints(tmp_path, 'fit')[0], weights_only=True)['model']
+    assert all(torch.isfinite(v).all() for v in state.values())
 
 
 def test_memory_that_runs_out_is_said_once(tmp_path, capsys):
