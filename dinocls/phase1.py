@@ -21,8 +21,8 @@ from .train import classification_metrics, fit
 def draw_picture_rows(rows: dict,  # label → [(picture, caption, colour), …], of which ten are shown
                       title: str):
     "Draw labelled rows of pictures, each below its caption; return the figure."
-    tall = [1 if row else 0.02 for row in rows.values()]
-    fig, axes = subplots(2 * len(rows), 10, size=(7.2, 0.4 + 1.3 * sum(tall) + 0.1 * len(tall)),
+    tall = [0.75 + 0.15 * row[0][1].count('\n') if row else 0.02 for row in rows.values()]
+    fig, axes = subplots(2 * len(rows), 10, size=(7.2, 0.5 + sum(tall) + 0.4 * len(tall)),
                          height_ratios=[h for full in tall for h in (0.2, full)])
     for ax in axes.flat: ax.axis('off')
     for (label, row), above, below in zip(rows.items(), axes[::2], axes[1::2]):
