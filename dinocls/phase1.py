@@ -18,20 +18,22 @@ from .stats import wilson
 from .train import classification_metrics, fit
 
 # %% ../nbs/05_phase1.ipynb #5f923a89
-def draw_picture_rows(rows: dict,  # label → [(picture, caption, colour), …], of which ten are shown
+def draw_picture_rows(rows: dict,  # label → [(picture, caption, colour), …], of which ten are shown, or seven
                       title: str):
     "Draw labelled rows of pictures, each below its caption; return the figure."
-    tall = [0.75 + 0.15 * row[0][1].count('\n') if row else 0.02 for row in rows.values()]
-    fig, axes = subplots(2 * len(rows), 10, size=(7.2, 0.5 + sum(tall) + 0.4 * len(tall)),
+    words = [len(line) for row in rows.values() for _, caption, _ in row for line in caption.splitlines()]
+    columns = 10 if max(words, default=0) < 10 else 7
+    tall = [7.2 / columns + 0.15 * row[0][1].count('\n') if row else 0.02 for row in rows.values()]
+    fig, axes = subplots(2 * len(rows), columns, size=(7.2, 0.5 + sum(tall) + 0.4 * len(tall)),
                          height_ratios=[h for full in tall for h in (0.2, full)])
     for ax in axes.flat: ax.axis('off')
     for (label, row), above, below in zip(rows.items(), axes[::2], axes[1::2]):
-        count = f'{len(row)}, ten of them here' if len(row) > 10 else len(row) or 'none'
+        count = f'{len(row):,}, {columns} of them here' if len(row) > columns else len(row) or 'none'
         above[0].text(0, 0, f'{label} ({count})', fontsize=9, va='bottom').set_in_layout(False)
         for ax, (picture, caption, colour) in zip(below, row):
             ax.imshow(picture)
-            short = '\n'.join(line if len(line) < 13 else line[:11] + '…' for line in caption.splitlines())
-            ax.set_title(short, fontsize=8, color=colour, loc='center', fontweight='normal')
+            short = '\n'.join(line if len(line) < 17 else line[:15] + '…' for line in caption.splitlines())
+            ax.set_title(short, fontsize=8, color=colour, loc='center', fontweight='normal', parse_math=False)
     return headline(fig, title)
 
 # %% ../nbs/05_phase1.ipynb #bcc07995
@@ -108,7 +110,8 @@ def draw_mistakes(answers: dict,  # way → (predicted classes (n,), colour)
     for (name, counts), (_, colour), size in zip(wrong.items(), answers.values(), (9, 6, 4)):
         ax.plot(counts[order], range(len(order)), 'o', color=colour, ms=size, label=f'{name}: {counts.sum():,} wrong')
     ax.set(yticks=range(len(order)), yticklabels=[f'{classes[c]} (of {n[c]:,})' for c in order],
-           ylim=(len(order) - 0.5, -0.5), xlabel='test images named wrong')
+           ylim=(len(order) - 0.5, -0.5), xlabel='test images named wrong',
+           xlim=(-0.03 * max(1, both.max()), 1.03 * max(1, both.max())))
     ax.xaxis.get_major_locator().set_params(integer=True)
     fig.legend(loc='outside lower center', ncols=3)
     return headline(fig, title)
