@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEANS', 'FRESH', 'disagreement', 'average_predictions', 'pool_members', 'average_weights', 'siblings',
-           'sibling_weights', 'refresh_statistics', 'blend', 'greedy_soup', 'interpolate_weights', 'ensemble',
-           'named_parts', 'ensemble_logits', 'model_of', 'soup', 'soup_logits']
+           'refresh_statistics', 'blend', 'greedy_soup', 'interpolate_weights', 'named_parts', 'model_of', 'ensemble',
+           'soup']
 
 # %% ../nbs/07_ensemble.ipynb #0c105013
 from itertools import combinations
@@ -45,7 +45,6 @@ def average_predictions(logits: list,  # (n, classes), one a member
     if of == 'logits': return log_softmax(members.mean(0), axis=1)
     return logsumexp(members, axis=0) - np.log(len(members))
 
-# %% ../nbs/07_ensemble.ipynb #c981fef8
 def pool_members(members: list, of: str = 'probabilities') -> dict:  # each member in the form of `phase2_logits`
     "Return averaged predictions in the form of `phase2_logits`: log-probabilities, labels and indices of val and test."
     return {f'{s}_{k}': average_predictions([m[f'{s}_logits'] for m in members], of) if k == 'logits'
@@ -66,10 +65,6 @@ def siblings(cfg, folder):
     seeds = {i: variant(cfg, seed=cfg.seed + i) for i in range(1, cfg.members)}
     return {f'weights{i}': fine_tune(phase1_model(cfg), other, cfg.phase2_epochs, folder, f'sibling{i}')['weights']
             for i, other in seeds.items()}
-
-def sibling_weights(cfg) -> list[dict]:
-    "Return the weights of all siblings, the first being those of chapter 6."
-    return [phase2(cfg)['weights'], *(siblings(cfg)[f'weights{i}'] for i in range(1, cfg.members))]
 
 # %% ../nbs/07_ensemble.ipynb #eed8b79b
 @torch.no_grad()
@@ -114,6 +109,14 @@ def interpolate_weights(cfg, first: dict, last: dict,  # state dicts
     return [{'share': t, 'val_accuracy': s['accuracy'], 'val_loss': s['loss']} for t, s in scored.items()]
 
 # %% ../nbs/07_ensemble.ipynb #1d095cf0
+def named_parts(models: dict) -> dict:  # name → scored model
+    "Put the names of scored models before the names of their parts, as a stage keeps them."
+    return {f'{name}/{k}': v for name, parts in models.items() for k, v in parts.items()}
+
+def model_of(result, name: str) -> dict:
+    "Return one of the models that `named_parts` put together, in the form of `phase2_logits`."
+    return {k.removeprefix(f'{name}/'): result[k] for k in result if k.startswith(f'{name}/')}
+
 @stage
 def ensemble(cfg, folder):
     "Train and score the members, average their predictions, and tell how well each does and how much they differ."
@@ -126,25 +129,14 @@ def ensemble(cfg, folder):
                   f'{s}_nlls': [float(losses(x, labels).mean()) for x in logits]}
     return parts | named_parts({of: pool_members(members, of) for of in MEANS})
 
-def named_parts(models: dict) -> dict:  # name → scored model
-    "Put the names of scored models before the names of their parts, as a stage keeps them."
-    return {f'{name}/{k}': v for name, parts in models.items() for k, v in parts.items()}
-
-def ensemble_logits(cfg, of: str = 'probabilities') -> dict:
-    "Return the ensemble in the form of `phase2_logits`, with log-probabilities for logits."
-    return model_of(ensemble(cfg), of)
-
-def model_of(result, name: str) -> dict:
-    "Return one of the models that `named_parts` put together."
-    return {k.removeprefix(f'{name}/'): result[k] for k in result if k.startswith(f'{name}/')}
-
 # %% ../nbs/07_ensemble.ipynb #504e0812
 FRESH = '_fresh'  # after the name of a soup: its statistics are measured anew
 
 @stage
 def soup(cfg, folder):
     "Score siblings, their mean prediction and soups, and a soup of the seeds; walk to a sibling and to another seed."
-    family, seeds = sibling_weights(cfg), [phase2(c)['weights'] for c in member_configs(cfg)]
+    seeds, others = [phase2(c)['weights'] for c in member_configs(cfg)], siblings(cfg)
+    family = [seeds[0], *(others[f'weights{i}'] for i in range(1, cfg.members))]
     images, val = load_split(cfg, 'train')[0], load_split(cfg, 'val', device(cfg))
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1000]]
     scored, model = [phase2_logits(cfg)], classifier(cfg, len(splits(cfg)['classes'])).to(device(cfg))
@@ -161,7 +153,3 @@ def soup(cfg, folder):
                   for k, w in (('siblings', family), ('seeds', seeds))}
     return {'val_accuracies': accuracies, 'kept': kept, 'lines': lines,
             'disagreement': disagreement([s['test_logits'].argmax(1) for s in scored])} | named_parts(models)
-
-def soup_logits(cfg, name: str) -> dict:  # sibling1, …; siblings (their mean); uniform, …, also with FRESH
-    "Return one of the models of `soup` in the form of `phase2_logits`."
-    return model_of(soup(cfg), name)
