@@ -1,5 +1,6 @@
 "What a result was made by: versions, the commit, processor, cores, memory."
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -37,6 +38,7 @@ def version() -> str:
     return __version__
 
 
+@functools.lru_cache  # the code that this process runs; a study asks hundreds of times
 def git_commit() -> str:
     "Return the commit of the checkout, with `+` if there are changes; empty outside git."
     def git(*args): return subprocess.run(['git', *args], cwd=root(), capture_output=True, text=True, timeout=10)
@@ -47,6 +49,7 @@ def git_commit() -> str:
     except (OSError, subprocess.SubprocessError): return ''
 
 
+@functools.lru_cache
 def versions() -> dict:
     "Return the versions of Python and of the libraries that decide results."
     from importlib.metadata import PackageNotFoundError, version as installed
