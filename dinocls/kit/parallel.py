@@ -4,11 +4,13 @@ import dataclasses
 import importlib
 import itertools
 import os
+import sys
 import threading
 import time
 
 from .config import FIELDS
 from .files import UserError, locked, reason
+from .machine import cores
 from .stage import STAGES, Result, open_run
 
 
@@ -72,6 +74,8 @@ def _work(module: str, name: str, cfg, devices: list, first: int) -> str:
     "Compute a stage on a device that no other worker uses; return what went wrong, or nothing."
     if os.getppid() == first: threading.Thread(target=_follow, args=(first,), daemon=True).start()
     importlib.import_module(module)
+    if torch := sys.modules.get('torch'):  # more threads than cores wait for each other, ten times as long as they work
+        torch.set_num_threads(max(1, cores() // len(devices)))
     with _free(devices, cfg.folder) as device: return _attempt(STAGES[name], dataclasses.replace(cfg, device=device))
 
 
