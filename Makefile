@@ -1,7 +1,7 @@
 # make book         install, then execute every chapter on the embedded default (no network beyond the package index, no GPU)
 # make test         install, then run every test: the notebooks, then tests/
 # make check        install, then look over the code and run the tests that take no time: within a minute
-# make lab          install, then open JupyterLab on the chapters
+# make lab          install, then open JupyterLab on the chapters; LAB='--no-browser' passes options
 # make export       after changing a notebook: outputs away, library and README written anew
 # make record       execute the committed run anew, all of it
 # make constraints  take the newest releases of what is required, with their hashes
@@ -12,7 +12,9 @@ READY := .venv/.ready
 CODE = nbs tests benchmarks setup.py dinocls/kit dinocls/app  # the other modules are checked as the notebooks they come from
 WORKERS = $$($(BIN)/python -c 'from dinocls.kit.machine import cores; print(min(cores(), 8))')
 
-.PHONY: book test check lab export record constraints hooks clean help
+ROOT = $$(test $$(id -u) = 0 && echo --allow-root)  # as in a container
+
+.PHONY: book test check lab export record constraints clean help
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -20,7 +22,6 @@ book: $(READY)
 	$(BIN)/dinocls run --preset $(PRESET)
 
 test: $(READY)
-	rm -rf outputs/smoke
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests
 
@@ -30,7 +31,7 @@ check: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not slow' tests
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir nbs
+	cd nbs && ../$(BIN)/jupyter lab --ContentsManager.pre_save_hook=dinocls.app.lab.as_committed $(ROOT) $(LAB)
 
 export: $(READY)
 	$(BIN)/nbdev_clean
@@ -45,9 +46,6 @@ record: $(READY)
 constraints: $(READY)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --upgrade --output-file constraints.txt
-
-hooks: $(READY)
-	$(BIN)/nbdev_install_hooks
 
 # The environment: the releases of constraints.txt, each with its hash, then the book itself.
 $(READY): constraints.txt settings.ini setup.py

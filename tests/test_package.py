@@ -1,10 +1,17 @@
 "The package as others install it: from its wheel, without nbdev or Jupyter."
+import ast
+import json
+import re
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
+from importlib import metadata
 
 import pytest
 from conftest import ROOT, environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 BLOCKED = '''
 import sys
@@ -49,6 +56,34 @@ def test_wheel_works_without_nbdev_and_jupyter(tmp_path):
                             text=True, env=environment(PYTHONPATH=tmp_path/'site'))
     assert result.stdout.endswith('used\n'), result.stderr[-2000:]
     assert (tmp_path/'run').is_dir()
+
+
+def installed_by(names: list) -> set:
+    "Return the distributions that these requirements bring, with all that they require themselves."
+    found, todo = set(), [Requirement(name) for name in names]
+    while todo:
+        asked = todo.pop()
+        if (name := canonicalize_name(asked.name)) in found: continue
+        found.add(name)
+        needs = map(Requirement, metadata.requires(name) or ())
+        todo += [r for r in needs if not r.marker or any(r.marker.evaluate({'extra': e}) for e in (*asked.extras, ''))]
+    return found
+
+
+def test_the_extra_book_brings_all_that_chapters_import():
+    config = ConfigParser(delimiters=['='])
+    config.read(ROOT/'settings.ini', encoding='utf-8')
+    parts = [''] + [f'{extra}_' for extra in ('book', 'pretrain', 'lora', 'export', 'serve')]
+    brought = installed_by([r for part in parts for r in config['DEFAULT'][f'{part}requirements'].split()])
+    owners, missing = metadata.packages_distributions(), {}
+    for file in sorted((ROOT/'nbs').glob('*.ipynb')):
+        cells = (''.join(c['source']) for c in json.loads(file.read_text())['cells'] if c['cell_type'] == 'code')
+        trees = [ast.parse(re.sub(r'^(\s*)[%!].*', r'\1pass', cell, flags=re.M)) for cell in cells]
+        used = {a.name for t in trees for n in ast.walk(t) if isinstance(n, ast.Import) for a in n.names}
+        used |= {n.module for t in trees for n in ast.walk(t) if isinstance(n, ast.ImportFrom) and not n.level}
+        for module in {name.partition('.')[0] for name in used} - {*sys.stdlib_module_names, 'dinocls'}:
+            if not {canonicalize_name(d) for d in owners.get(module, ())} & brought: missing[module] = file.name
+    assert not missing
 
 
 def test_executing_without_papermill_says_what_to_install(tmp_path):

@@ -50,6 +50,7 @@ def changed(monkeypatch):
 def test_no_label_is_read(tmp_path, changed):
     cfg = config.preset('smoke', out=str(tmp_path/'true'), **SMALL)
     before = weights(cfg)
+    assert {'schedule', 'pretrain_lr'} <= pretrain.pretrain(cfg).record['fields'].keys()  # read far below
     changed(lambda name, x, y: (x, y[torch.randperm(len(y))]), cfg)
     assert same(before, weights(config.preset('smoke', out=str(tmp_path/'shuffled'), **SMALL)))
 

@@ -13,7 +13,7 @@ import typer
 from ..kit import config as configuration
 from ..kit.config import PRESETS, Config, parse_overrides, root
 from ..kit.files import UserError, as_os_error, expand, nearest, reason, replacing
-from ..kit.machine import hardware, rank, versions
+from ..kit.machine import hardware, rank, version, versions
 from ..kit.stage import open_run
 from .driver import chapters, duration, jobs, run_book, short, stages
 from .site import generated
@@ -46,10 +46,23 @@ def _read_yaml(path: Path) -> dict:
     return {str(k): v for k, v in given.items()}
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help='Run the experiment book, or a part of it.',
                   context_settings={'help_option_names': ['-h', '--help']})
 Option = typer.Option
+
+
+def _show_version(wanted: bool):
+    if not wanted: return
+    print(f'dinocls {version()}')
+    raise typer.Exit
+
+
+@app.callback()
+def common(version: Annotated[bool, Option(
+        '--version', help='show the version', callback=_show_version, is_eager=True)] = False): pass
+
+
 PresetOption = Annotated[str, Option(
     '--preset', '-p', help='smoke, quick, laptop, cifar, reference or best; quick if nothing is said')]
 ConfigOption = Annotated[Path | None, Option('--config', '-c', help='YAML file: `preset: …` and single fields')]
@@ -59,7 +72,7 @@ OutOption = Annotated[Path | None, Option('--out', '-o', help='run folder; defau
 
 @app.command()
 def run(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None,
-        chapters: Annotated[str, Option(help="which, as in '5-8,12'; default all")] = '', out: OutOption = None,
+        chapters: Annotated[str, Option(help="which, as in '5-8,12-'; default all")] = '', out: OutOption = None,
         force: Annotated[bool, Option('--force', help='compute anew what the chapters have stored')] = False,
         keep: Annotated[bool, Option('--keep', help='take what is stored of other code or data too; mark it')] = False,
         eager: Annotated[bool, Option(
@@ -89,7 +102,8 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
     cfg, console = settings(preset, config, set, out), Console(force_jupyter=False)
     presets = [(name, p.purpose, p.cost, p.expect) for name, p in PRESETS.items()]
     computed = [(s.name, s.module, 'yes' if s.is_done(cfg) else 'no') for s in stages().values()]
-    for title, columns, rows in (('Chapters', ('chapter', 'claim'), [(c.name, c.claim) for c in chapters()]),
+    book = [(c.name, c.claim) for c in chapters()] if (root()/'nbs').is_dir() else []  # none beside the library alone
+    for title, columns, rows in (('Chapters', ('chapter', 'claim'), book),
                                  ('Presets', ('preset', 'for', 'cost', 'expect'), presets),
                                  (f'Stages of {short(cfg.folder)}', ('stage', 'chapter', 'computed'), computed)):
         table = Table(*columns, title=title, title_justify='left', box=box.SIMPLE_HEAD)
@@ -118,6 +132,19 @@ def publish(preset: PresetOption = '', config: ConfigOption = None, set: SetOpti
     "Pre-train one of the book's own backbones and put its weights into the package."
     from ..pretrain import publish as make
     print(f'{short(make(settings(preset, config, set, out), study=study))} is written, and its record beside it.')
+
+
+@app.command()
+def train(folder: Annotated[Path, typer.Argument(
+              help='pictures in folders of their classes, folder/cat/1.jpg, or in train/, val/ and test/ with these')],
+          minutes: Annotated[float, Option('--minutes', min=0.1, help='time that training may take')] = 10.0,
+          set: SetOption = None, out: OutOption = None):
+    "Learn from your own pictures: look them over, choose a model, train it, and say what came of it."
+    from .train import learn, plan, report, shortcomings
+    cfg, told = plan(folder, minutes, out, parse_overrides(shlex.join(set or [])))
+    open_run(cfg)
+    for sentence in (*told, *shortcomings(cfg)): print(sentence, flush=True)
+    print('', report(learn(cfg)), sep='\n')
 
 
 A_MODEL = "production folder, stage folder or checkpoint; default: the run's production folder"
@@ -222,10 +249,12 @@ def export(kind: Annotated[str, typer.Argument(help='onnx or onnx-int8')],
            to: Annotated[Path, Option('--to', help='file to write')] = Path('model.onnx'), model: ModelOption = None,
            preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Write the model, its preprocessing included, as one file for other runtimes."
+    import torch
     from ..inference import ProductionModel
-    from ..kit.engines import export_to
+    from ..kit.engines import export_to, lacking
     if kind not in ('onnx', 'onnx-int8'):
         raise UserError(f'There is no export {kind!r}: {nearest(kind, ["onnx", "onnx-int8"])}')
+    if why := lacking(kind, torch.device('cpu')): raise UserError(f'The export to ONNX {why}.')  # before one is trained
     served = ProductionModel(served_path(model, settings(preset, config, set, out)), 'cpu')
     export_to(served.subject, to, int8=kind == 'onnx-int8')
     height, width = served.native
@@ -278,8 +307,10 @@ def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
           preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Answer over HTTP, until it is stopped."
     from ..inference import ProductionModel
+    from .service import limits_from, listen
     from .service import serve as start
-    limits = parse_overrides(shlex.join(limit or []))
+    limits_from(limits := parse_overrides(shlex.join(limit or [])))  # what can be refused is refused before work begins
+    listen(host, port).close()
     served = ProductionModel(served_path(folder, settings(preset, config, set, out)), device, backend)
     start(served, host, port, api_key, page, name or (), **limits)
 

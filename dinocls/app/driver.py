@@ -10,7 +10,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from graphlib import TopologicalSorter
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import Path
 
 import psutil
@@ -66,14 +66,15 @@ def chapters() -> list[Chapter]:
 
 
 def choose(book: list[Chapter], text: str) -> list[Chapter]:
-    "Pick chapters by numbers, ranges or names, as in '5-8,12'. Raise `UserError` for one that does not exist."
+    "Pick chapters by numbers, ranges or names, as in '5-8,12-'. Raise `UserError` for one that does not exist."
     if not text: return book
     places, picked = {}, set()
     for i, c in enumerate(book):
         number = c.name.partition('_')[0]
         places |= dict.fromkeys((c.name, c.module, number, number.lstrip('0') or '0'), i)
     for word in text.replace(' ', '').split(','):
-        first, _, last = word.partition('-')
+        first, dash, last = word.partition('-')
+        if dash: first, last = first or book[0].name, last or book[-1].name  # from the first on, to the last
         for k in (first, last or first):
             if k not in places: raise UserError(f'There is no chapter {k!r}: {nearest(k, (c.name for c in book))}')
         a, b = places[first], places[last or first]
@@ -84,8 +85,7 @@ def choose(book: list[Chapter], text: str) -> list[Chapter]:
 
 def stages() -> dict:
     "Return all stages of the book by name, importing the modules that define them."
-    for c in chapters():
-        if util.find_spec(f'dinocls.{c.module}'): import_module(f'dinocls.{c.module}')
+    for file in sorted(PACKAGE.glob('[a-z]*.py')): import_module(f'{PACKAGE.name}.{file.stem}')
     return STAGES
 
 

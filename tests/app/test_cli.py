@@ -24,12 +24,26 @@ def test_the_command_line_is_light():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '[]\n'
 
 
-@pytest.mark.parametrize('command', ['run', 'stage', 'list', 'doctor', 'download', 'publish', 'predict', 'export',
-                                     'bench', 'serve', 'sync'])
+@pytest.mark.parametrize('command', ['run', 'stage', 'list', 'doctor', 'download', 'train', 'publish', 'predict',
+                                     'export', 'bench', 'serve', 'sync'])
 def test_each_command_explains_itself(command, in_process):
     said = in_process(command, '-h')
     assert said.returncode == 0 and f'dinocls {command}' in said.stdout
-    assert command == 'sync' or '--preset' in said.stdout
+    assert command in ('train', 'sync') or '--preset' in said.stdout
+
+
+def test_what_can_be_refused_is_refused_before_a_model_is_made(tmp_path, monkeypatch, in_process):
+    out = ('--out', tmp_path/'run')
+    refused(in_process('serve', '--limit', 'max_quee=3', *out), "did you mean 'max_queue'")
+    refused(in_process('serve', '--port', '99999', *out), 'Cannot listen')
+    monkeypatch.setattr('dinocls.kit.engines.lacking', lambda *_: 'needs onnx')
+    refused(in_process('export', 'onnx', *out), 'needs onnx')
+    assert not (tmp_path/'run').exists()
+
+
+def test_it_knows_its_version(in_process):
+    from dinocls import __version__
+    assert in_process('--version').stdout == f'dinocls {__version__}\n'
 
 
 # --- settings

@@ -39,9 +39,19 @@ def test_no_notebooks(tmp_path, monkeypatch, in_process):
     refused(in_process('run', '-p', 'smoke'), 'no notebooks')
 
 
+def test_the_library_alone_lists_and_computes_stages(tmp_path, monkeypatch, in_process):
+    monkeypatch.setenv('DINOCLS_HOME', str(tmp_path))
+    said = in_process('list', '-p', 'smoke')
+    assert said.returncode == 0 and 'phase1_logits' in said.stdout and 'quick' in said.stdout
+    said = in_process('stage', 'splits', '-p', 'smoke')
+    assert said.returncode == 0 and said.stdout.startswith('splits: ') and (tmp_path/'outputs/smoke/stages').is_dir()
+    assert 'splits …' in said.stderr  # no terminal: it says at least what it does
+
+
 @pytest.mark.parametrize('text, expected', [
     ('1-2,phase1,06', ['01_data', '02_augment', '05_phase1', '06_phase2']), ('A1', ['A1_pretrain']),
-    ('0', ['00_stats']), ('', [c.name for c in CHAPTERS])])
+    ('0', ['00_stats']), ('-1', ['00_stats', '01_data']), ('14-', ['14_report', 'A1_pretrain']),
+    ('', [c.name for c in CHAPTERS])])
 def test_chapters_are_chosen_as_pages_are(text, expected):
     assert [c.name for c in driver.choose(CHAPTERS, text)] == expected
 

@@ -31,8 +31,9 @@ from clients import (  # noqa: E402
 
 from starlette.testclient import TestClient  # noqa: E402
 
+from dinocls.app.server import Server  # noqa: E402
 from dinocls.app.service import (  # noqa: E402
-    API, Batcher, Guesses, Limits, Refusal, create_app, is_named, limits_from, read_picture)
+    API, Batcher, Guesses, Limits, Refusal, create_app, is_named, limits_from, listen, read_picture)
 
 pytest_plugins = 'clients'
 
@@ -543,6 +544,34 @@ def test_connections_that_keep_it_waiting_deny_nothing(crowded, begin):
             with contextlib.suppress(OSError):
                 while connection.recv(65536): pass
         assert time.monotonic() - began < 10
+
+
+class Wordy:
+    "A model whose answer is longer than what a system holds for a client that does not read."
+    def __init__(self, model): self.inner = model
+    def __getattr__(self, name): return getattr(self.inner, name)
+    def answers(self, pixels):
+        return [a | {'probabilities': {'x' * 2**25: 1.0}} for a in self.inner.answers(pixels)]
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_its_answers_keeps_its_place_for_a_time_only(model):
+    app = create_app(Wordy(model), page=False, idle_seconds=1)
+    with listen('127.0.0.1', 0) as listener:
+        port, served = listener.getsockname()[1], Server(app, listener)
+        (thread := threading.Thread(target=served.run, daemon=True)).start()
+        wait(lambda: served.started, 20)
+        held = app.state.service.batcher
+        with connected(port) as client:
+            client.sendall(2 * (head(len(PNG)) + PNG))  # the second answer waits for the first to be read
+            wait(lambda: held.held == 1, 10)
+            wait(lambda: held.held == 0 and not served.server_state.connections, 10)
+            got = 0
+            with contextlib.suppress(ConnectionError):
+                while part := client.recv(2**20): got += len(part)
+            assert got < 2**25
+        served.should_exit = True
+        thread.join(20)
 
 
 @pytest.mark.slow

@@ -270,3 +270,14 @@ def test_a_body_without_an_end_does_not_fill_the_disk(tmp_path, monkeypatch, fil
     with pytest.raises(UserError, match='larger than'):
         fetch.fetch('a', tmp_path, (Published('a', None, (f'{url}/a',)),))
     assert not (tmp_path/'a.part').exists()
+
+
+def test_without_a_home_folder_data_have_their_place_all_the_same(monkeypatch, tmp_path):
+    for name in ('DINOCLS_DATA', 'HOME'): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    assert fetch.data_folder() == tmp_path/'dinocls'/'data' and fetch.data_folder('~nobody-of-this-name/x').name == 'x'
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setattr('os.path.expanduser', lambda path: path)  # nor is there an entry for the user
+    with pytest.raises(UserError, match='no home folder'): fetch.data_folder()
+    with pytest.raises(UserError, match='There is no checkpoint at ~nobody'):
+        fetch.weights_file('book-digits', '~nobody/x.pth')

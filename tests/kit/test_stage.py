@@ -1,5 +1,6 @@
 "A stage is computed once, and anew as soon as anything that it depends on has changed."
 import dataclasses
+import importlib
 import shutil
 import subprocess
 import sys
@@ -182,6 +183,20 @@ def test_changed_code_is_noticed_and_kept_only_if_asked(tmp_path):
     assert 'four is computed anew: the code of lower has changed since' in told and told.endswith("6 ''\n")
     (tmp_path/'dinocls'/'lower.py').write_text('def two(): return 3\ndef draw_two(): print()\n')
     assert run() == "6 ''\n"  # what draws gives no result
+
+
+@pytest.mark.parametrize('module, chapter, name', [('augment', 'phase1', 'phase1'), ('train', 'phase2', 'direct'),
+                                                   ('kit/corruptions', 'robustness', 'robustness'),
+                                                   ('model', 'ensemble', 'siblings')])
+def test_an_edit_far_below_a_chapters_stage_is_noticed(module, chapter, name, tmp_path, monkeypatch):
+    importlib.import_module(f'dinocls.{chapter}')
+    before, read = stages.code_digests(STAGES[name]), stages.code
+    (other := tmp_path/'edited.py').write_text((stages.PACKAGE/f'{module}.py').read_text() + '\nEDITED = True\n')
+    edited = stages.Code(other)
+    edited.imports = read(stages.PACKAGE/f'{module}.py').imports
+    monkeypatch.setattr(stages, 'code', lambda file: edited if file == stages.PACKAGE/f'{module}.py' else read(file))
+    after = stages.code_digests(STAGES[name])
+    assert {k for k in before if before[k] != after[k]} == {module}
 
 
 def test_what_draws_gives_no_result():

@@ -1,0 +1,156 @@
+"""Pictures of one's own: look them over, choose a model that can learn from them in the time there is, train it, and
+say what came of it."""
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ..kit import config as configuration
+from ..kit.config import FIELDS, WHERE, Config, root
+from ..kit.datasets import Dataset, loaded
+from ..kit.files import UserError, expand, read_json
+from .driver import short
+
+# On DINOv2's features a small head and the rates of preset best, because own pictures are few and the backbone is good;
+# the book's own backbone knows digits, and has to learn anew.
+_DINOV2 = dict(phase1_lr=1e-3, lr_backbone=1e-5, lr_head=1e-3, head_widths=(256,), head_dropout=(0.25,))
+_DIGITS = dict(backbone='book-digits', image_size=32, phase1_lr=1e-2, lr_backbone=1e-3, lr_head=1e-2)
+SIDES = 224, 154, 112  # pixels, multiples of DINOv2's patch
+STEPS = 400, 200  # of both phases, which small sets repeat their pictures for
+
+
+def find_backbone(device) -> tuple[dict, str]:
+    "Return the fields of DINOv2 where its weights are to be had, else of the book's own, and a sentence about it."
+    from ..kit.fetch import weights_file
+    from ..model import BACKBONES
+    name = 'dinov2_vitb14' if device.type == 'cuda' else 'dinov2_vits14'
+    try: weights_file(name, hub=BACKBONES[name].timm)
+    except UserError as e:
+        return _DIGITS, (f'{str(e).partition(": ")[0]}. Until they are there, the book\'s own small backbone learns '
+                         'from these pictures at 32 pixels; it has seen nothing but digits, so expect little.')
+    return _DINOV2 | {'backbone': name}, f'The backbone is {name}, with its published weights.'
+
+
+def seconds_per_image(cfg: Config, device) -> float:
+    "Measure how long the configured backbone takes to embed an image."
+    import torch
+    from ..model import infer, random_backbone
+    model = random_backbone(cfg.backbone, cfg.image_size).to(device)
+    images = torch.zeros(64 if device.type == 'cuda' else 8, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)
+    for _ in range(2):  # the first warms up
+        clock = time.perf_counter()
+        infer(model, images, cfg)
+    return (time.perf_counter() - clock) / len(images)
+
+
+def fitting_epochs(train: int, scored: int, batch: int,  # images of training, of validation, and in a batch
+                   each: float, seconds: float) -> tuple[int, int, float]:  # a forward pass; the time there is
+    "Return the epochs of both phases that fit the time, and what they take; backwards is as dear as twice forwards."
+    wanted = [int(np.clip(np.ceil(n * batch / train), 2, 40)) for n in STEPS]
+    costs = each * (train + scored), each * (3 * train + scored)
+    share = min(1, seconds / np.dot(wanted, costs))
+    given = [max(1, int(n * share)) for n in wanted]
+    return *given, float(np.dot(given, costs))
+
+
+def divided(data: Dataset) -> dict:
+    "Return the sizes of validation and test: a fifth of all each, at least a picture per class, where there are none."
+    part = max(len(data.classes), len(data.splits['train']) // 5)
+    own = {s: len(data.splits[s]) for s in ('val', 'test') if s in data.splits}
+    left = len(data.splits['train']) - part * (2 - len(own))
+    if left < len(data.classes):
+        raise UserError(f'{len(data.splits["train"])} pictures of {len(data.classes)} classes are too few to learn '
+                        'from and be tested on: give at least 3 of each class.')
+    return {'val_size': own.get('val', part), 'test_size': 0 if 'test' in own else part}
+
+
+def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[Config, list]:
+    "Choose how to learn from a folder's pictures; return the configuration, and sentences about it."
+    from ..model import device
+    if not (folder := expand(folder).absolute()).is_dir():
+        raise UserError(f'There is no folder {folder}: give the one that holds the pictures.')
+    out = expand(out).absolute() if out else root()/'outputs'/f'train-{folder.name}'
+    own = dict(dataset='imagefolder', data_root=str(folder), out=str(out), on_broken='skip', on_drift='report')
+    given = own | given
+    if (out/'run.json').is_file():
+        before = read_json(out/'run.json').get('config') or {}
+        chosen = {k: v for k, v in before.items() if k in FIELDS and k not in WHERE}
+        return configuration.preset('quick', **chosen | given), [f'What was begun in {short(out)} goes on.']
+    where = device(configuration.preset('quick', **given))
+    model, told = ({}, '') if 'backbone' in given else find_backbone(where)
+    fixed = (model | given).get('image_size')
+    for side in (int(fixed),) if fixed else SIDES:
+        chosen = dict(train_size=0, flip=True, crop=max(1, side // 16), image_size=side) | model
+        data = loaded(configuration.preset('quick', **chosen | given))
+        chosen |= divided(data)
+        cfg = configuration.preset('quick', **chosen | given)
+        train = len(data.splits['train']) - cfg.test_size - cfg.val_size * ('val' not in data.splits)
+        chosen['batch_size'] = max(2, min(32, train))
+        first, second, cost = fitting_epochs(train, cfg.val_size, chosen['batch_size'], seconds_per_image(cfg, where),
+                                             60 * minutes)
+        if first + second > 6: break  # else smaller images, if there is a choice
+    chosen |= dict(phase1_epochs=first, phase2_epochs=second)
+    return configuration.preset('quick', **chosen | given), [told, (
+        f'{len(data.labels):,} pictures of {len(data.classes)} classes, seen at {side} pixels: {first} epochs of the '
+        f'head alone and {second} of everything, in about {max(1, round(cost / 60))} min.')]
+
+
+def shortcomings(cfg: Config) -> list:
+    "Return sentences about pictures that are few, unbalanced, broken, or of another kind in one split than another."
+    from ..data import check_splits, splits
+    made, data, told = splits(cfg), loaded(cfg), []
+    counts = np.bincount(data.labels[made['train']], minlength=len(data.classes)).tolist()
+    (few, least), (many, most) = min(pairs := [*zip(counts, data.classes)]), max(pairs)
+    if few < 20:
+        told.append(f'{least} has {few} picture{"s" * (few != 1)} to learn from: 20 or more per class are better.')
+    if many > 5 * few: told.append(f'{most} has {many} pictures and {least} {few}: answers will lean towards {most}.')
+    if data.skipped:
+        some = ', '.join(data.skipped[:5]) + ', …' * (len(data.skipped) > 5)
+        told.append(f'Left out because they cannot be read: {some}')
+    try: check_splits(made['checks'])
+    except UserError as e: told.append(str(e))
+    return told
+
+
+def learn(cfg: Config) -> dict:
+    "Train both phases, save the production folder, and return what there is to report of the test pictures."
+    from ..data import load_split, splits
+    from ..inference import ProductionModel, production
+    from ..phase1 import phase1_logits
+    from ..phase2 import phase2_logits
+    from ..probe import knn, pixels
+    from ..stats import wilson
+    head, whole = phase1_logits(cfg), phase2_logits(cfg)
+    model, labels = ProductionModel(production(cfg), cfg.device), whole['test_labels']
+    p = model.probabilities(list(load_split(cfg, 'test')[0].permute(0, 2, 3, 1).numpy()))
+    raw, train = pixels(cfg), loaded(cfg).labels[splits(cfg)['train']]
+    right = {'the fine-tuned model': p.argmax(1) == labels, 'its head alone': head['test_logits'].argmax(1) == labels,
+             'the nearest picture by raw pixels': knn(raw['train'], train, raw['test'], 1) == labels}
+    files = np.array(loaded(cfg).files)[whole['test_index']]
+    return {'classes': model.classes, 'labels': labels, 'guesses': p.argmax(1), 'confidence': p.max(1), 'files': files,
+            'scores': {k: (float(r.mean()), *wilson(r.mean(), len(r))) for k, r in right.items()},
+            'folder': cfg.folder/'production'}
+
+
+def report(found: dict) -> str:
+    "Write what `learn` returned for a terminal: accuracies, what is taken for what, the least sure, the next commands."
+    import pandas as pd
+    classes, labels, guesses = np.array(found['classes']), found['labels'], found['guesses']
+    lines = [f'On {len(labels)} test pictures, right with 95 % interval:']
+    lines += [f'  {100 * a:5.1f} % ({100 * low:.1f} to {100 * high:.1f})  {name}'
+              for name, (a, low, high) in found['scores'].items()]
+    if len(classes) <= 12:
+        table = pd.crosstab(pd.Categorical(classes[labels], classes), pd.Categorical(classes[guesses], classes),
+                            rownames=['is'], colnames=['taken for'], dropna=False)
+        lines += ['', 'Test pictures by class (rows) and answer (columns):', table.to_string()]
+    else:
+        wrong = Counter(f'{classes[a]} taken for {classes[b]}' for a, b in zip(labels, guesses) if a != b)
+        lines += ['', 'Most frequent errors:', *(f'  {n} × {pair}' for pair, n in wrong.most_common(8))]
+    lines += ['', 'The least sure answers:']
+    for i in found['confidence'].argsort()[:5]:
+        lines.append(f'  {found["files"][i]}: {classes[guesses[i]]}, {100 * found["confidence"][i]:.0f} % sure, '
+                     + ('right' if guesses[i] == labels[i] else f'wrong: {classes[labels[i]]}'))
+    model = short(found['folder'])
+    return '\n'.join([*lines, '', f'The model is in {model}. Next:', f'  dinocls predict PICTURE --model {model}',
+                      f'  dinocls serve {model}'])
