@@ -1,6 +1,7 @@
 # make book         install, then execute every chapter on the embedded default (no network beyond the package index, no GPU)
 # make test         install, then run every test: the notebooks, then tests/
 # make check        install, then look over the code and run the tests that take no time: within a minute
+# make site         install, then build the book's site from the committed run into _site
 # make lab          install, then open JupyterLab on the chapters; LAB='--no-browser' passes options
 # make export       after changing a notebook: outputs away, library and README written anew
 # make record       execute the committed run anew, all of it
@@ -14,7 +15,7 @@ WORKERS = $$($(BIN)/python -c 'from dinocls.kit.machine import cores; print(min(
 
 ROOT = $$(test $$(id -u) = 0 && echo --allow-root)  # as in a container
 
-.PHONY: book test check lab export record constraints clean help
+.PHONY: book test check site lab export record constraints clean help
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -29,6 +30,9 @@ check: $(READY)
 	$(BIN)/ruff check --quiet $(CODE)
 	$(BIN)/dinocls sync --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not slow' tests
+
+site: $(READY)
+	$(BIN)/dinocls site
 
 lab: $(READY)
 	cd nbs && ../$(BIN)/jupyter lab --ContentsManager.pre_save_hook=dinocls.app.lab.as_committed $(ROOT) $(LAB)
@@ -45,7 +49,7 @@ record: $(READY)
 
 constraints: $(READY)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --upgrade --output-file constraints.txt
+	$(BIN)/uv pip compile setup.py --extra dev --extra site --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --upgrade --output-file constraints.txt
 
 # The environment: the releases of constraints.txt, each with its hash, then the book itself.
 $(READY): constraints.txt settings.ini setup.py
@@ -56,4 +60,4 @@ $(READY): constraints.txt settings.ini setup.py
 	@touch $(READY)
 
 clean:
-	rm -rf .venv outputs/*/stages outputs/*/html outputs/smoke
+	rm -rf .venv outputs/*/stages outputs/*/html outputs/smoke _site

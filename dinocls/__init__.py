@@ -1,7 +1,7 @@
 "An experiment book: from CIFAR-10 to a served model, every number re-measured."
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {'preset': 'kit.config', 'load_dataset': 'kit.datasets', 'backbone': 'model', 'corrupt': 'kit.corruptions',
          'ProductionModel': 'inference'}  # what others call → the module that defines it

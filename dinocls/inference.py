@@ -36,7 +36,7 @@ from .kit.config import Config, choices
 from .kit.datasets import loaded
 from .kit.engines import Subject, candidates, fastest, measure_sizes, processor, scaled, start_backend
 from .kit.files import UserError, digest, file_digest, plain, reason, write_json
-from .kit.machine import cores, progress, version, versions
+from .kit.machine import cores, progress, version
 from .kit.pictures import as_png, to_pixels
 from .kit.stage import read_result, stage
 from .model import BACKBONES, Classifier, backbone, bf16_gain, device as find_device, head, infer, precision
@@ -401,11 +401,9 @@ def benchmark(model: ProductionModel,
     rows = [{'input': kind, **row} for kind, items in (('pixels', pixels), ('png', [as_png(p) for p in pixels]))
             for row in measure_sizes(model.predict_batch, items, batch_sizes, seconds / 2, model.device)]
     best = max((r for r in rows if r['input'] == 'pixels'), key=lambda r: r['images_per_second'])
-    latency = {r['batch']: {p: r[f'{p}_ms'] for p in ('p50', 'p95', 'p99')} for r in rows if r['input'] == 'pixels'}
     return {'fps': best['images_per_second'], 'batch': best['batch'], 'rows': rows, 'device': str(model.device),
-            'hardware': processor(model.device), 'latency_ms': latency, 'backend': model.backend,
-            'precision': model.precision, 'backbone': model.config['backbone'],
-            'image_size': model.config['image_size'], 'versions': versions()}
+            'hardware': processor(model.device), 'backend': model.backend, 'precision': model.precision,
+            'backbone': model.config['backbone'], 'image_size': model.config['image_size']}
 
 # %% ../nbs/13_inference.ipynb #849c263d
 def production(cfg) -> Path:

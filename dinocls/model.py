@@ -28,7 +28,7 @@ from .kit.config import DataConfig
 from .kit.datasets import loaded
 from .kit.fetch import read_weights, shipped_record, weights_file, weights_record
 from .kit.files import UserError, nearest, reason, recall, remember
-from .kit.machine import cpu_name, instruction_sets
+from .kit.machine import cpu_name, install, instruction_sets
 from .kit.stage import stage, variant
 
 # %% ../nbs/03_model.ipynb #b71d2d2f
@@ -278,7 +278,7 @@ def param_groups(model: Classifier, lr_backbone: float, lr_head: float, weight_d
 def add_lora(model: Classifier, rank: int) -> Classifier:
     "Freeze the backbone's weights and train low-rank matrices beside them, in place. Raise `UserError` without peft."
     try: from peft import LoraConfig, inject_adapter_in_model  # takes seconds, hence here
-    except ModuleNotFoundError as e: raise UserError(f"LoRA needs {e.name}: pip install 'dinocls[lora]'.") from None
+    except ModuleNotFoundError as e: raise UserError(f'LoRA needs {e.name}: {install("lora")}.') from None
     targets = r'blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])'
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model.backbone)
     return model

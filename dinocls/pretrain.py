@@ -29,7 +29,7 @@ from .data import batches, load_split, on_device, splits, unlabelled
 from .kit import config, fetch
 from .kit.datasets import loaded
 from .kit.files import UserError, replacing, write_json
-from .kit.machine import progress
+from .kit.machine import install, progress
 from .kit.stage import stage, variant
 from .model import BACKBONES, backbone, device, fit_weights, infer, random_backbone
 from .probe import knn, linear_probe, pixels, probe_one
@@ -92,7 +92,7 @@ def _lightly():
             warnings.simplefilter('ignore')
             yield
     except ModuleNotFoundError as e:
-        raise UserError(f"Pre-training needs {e.name}: pip install 'dinocls[pretrain]'.") from None
+        raise UserError(f'Pre-training needs {e.name}: {install("pretrain")}.') from None
 
 def projection_head(cfg, dim: int) -> nn.Module:
     "Return lightly's projection head of the configured method, from embeddings (b, dim) to (b, outputs)."

@@ -96,6 +96,38 @@ def test_other_models_are_refused(other, x):
     with pytest.raises(files.UserError, match='vision transformer'): attention.attention_maps(other, x)
 
 
+@pytest.mark.parametrize('body', [vit(), vit(reg_tokens=4), eva()], ids=['plain', 'registers', 'rotary'])
+def test_tokens_are_measured_before_the_norm(body, x):
+    seen = []
+    with body.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out)), torch.no_grad(): body(x)
+    expected = seen[0][:, body.num_prefix_tokens:].norm(dim=2).unflatten(1, GRID)
+    torch.testing.assert_close(attention.token_norms(body.train(), x), expected)
+    assert body.training and not attention.outliers(expected.numpy(), times=10).any()
+
+
+def test_gradients_leave_no_trace(x):
+    whole, y = model.Classifier(vit(), torch.nn.Linear(32, 3)).train(), torch.tensor([0, 2])
+    maps = attention.gradient_maps(whole, x, y)
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(2))
+    assert (maps >= 0).all() and not maps.requires_grad and (maps[0] - maps[1]).abs().max() > 1e-4
+    with whole.head.register_forward_pre_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        attention.gradient_maps(whole, x, y)
+    assert torch.is_grad_enabled() and all(p.grad is None for p in whole.parameters())
+    assert whole.training and all(b.attn.fused_attn and not b.attn.attn_drop._forward_pre_hooks
+                                  for b in whole.backbone.blocks)
+
+
+def test_patches_go_one_after_the_other(x):
+    whole, y = model.Classifier(vit(), torch.nn.Linear(32, 3)).eval(), torch.tensor([0, 2])
+    blank, order = torch.zeros(1, 3, 32, 48), torch.stack([torch.randperm(24) for _ in x])
+    curve = attention.deletion_curve(whole, x, y, order, blank, steps=24)
+    for k, shown in ((0, x), (24, blank.expand_as(x))):
+        with torch.no_grad(): p = whole(shown).softmax(1)[[0, 1], y]
+        np.testing.assert_allclose(curve[:, k], p, atol=1e-6)
+    gone = attention.take_away(x, order[:, :5], blank, GRID).unfold(2, 8, 8).unfold(3, 8, 8).abs().sum((1, 4, 5)) == 0
+    assert [sorted(np.flatnonzero(row)) for row in gone.flatten(1)] == order[:, :5].sort(1).values.tolist()
+
+
 def test_many_images_pass_in_batches(monkeypatch):
     cfg, pixels = config.preset('smoke'), torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
     body, sizes, inspect = model.backbone('book-digits', 32, 'random').eval(), [], attention.inspect_attention

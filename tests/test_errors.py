@@ -36,19 +36,6 @@ def test_suspects_where_a_class_has_no_images():
     assert errors.label_suspects(p, np.array([0, 1, 0, 1])).tolist() == [3]
 
 
-def test_hard_pairs_by_counting():
-    p, y = answers(200, classes=4)
-    top = errors.hard_pairs(p, y, list('abcd'))
-    for pair in top:
-        i, j = 'abcd'.index(pair['a']), 'abcd'.index(pair['b'])
-        assert pair['probability'] == pytest.approx(100
-                                                    * np.mean([p[k, j if y[k] == i else i] for k in range(200)
-                                                               if y[k] in (i, j)]))
-    assert len(top) == 6 and sorted(top, key=lambda r: -r['probability']) == top
-    near = errors.border(p, y, 0, 1, 3)
-    assert set(y[near]) <= {0, 1} and p[near[0], :2].min() == p[np.isin(y, (0, 1)), :2].min(1).max()
-
-
 # --- the judges -------------------------------------------------------------
 
 ORIGINAL = np.array([3, 8, 8, 0, 6, 6, 1, 6, 3, 1, 0, 9, 5, 7, 9, 8, 5, 7, 8, 6])

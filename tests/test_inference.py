@@ -385,8 +385,8 @@ def test_what_a_run_keeps_is_served(tmp_path, model):
 @pytest.mark.slow
 def test_benchmark(model):
     speed = benchmark(model, batch_sizes=(4, 1), seconds=2)
-    assert (speed['fps'] > 0 and list(speed['latency_ms']) == [1, 4] and speed['hardware'] and speed['device'] == 'cpu'
-            and 'torch' in speed['versions'])
+    assert speed['fps'] > 0 and speed['hardware'] and speed['device'] == 'cpu'
+    assert [r['batch'] for r in speed['rows'] if r['input'] == 'pixels'] == [1, 4]
     for row in speed['rows']: assert 0 < row['p50_ms'] <= row['p95_ms'] <= row['p99_ms'] and row['runs'] >= 3
     assert benchmark(model, [PNG, RGB], batch_sizes=(3,), seconds=0.02)['batch'] == 3
 

@@ -147,7 +147,7 @@ def test_lora_trains_beside_the_weights_and_is_merged_into_them(name):
 
 def test_without_peft_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'peft', None)
-    with pytest.raises(UserError, match=r"pip install 'dinocls\[lora\]'"): add_lora(small('book-digits'), 2)
+    with pytest.raises(UserError, match=r"pip install '\.\[lora\]'"): add_lora(small('book-digits'), 2)
 
 
 def gradients(m, x):

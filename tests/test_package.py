@@ -91,5 +91,5 @@ def test_executing_without_papermill_says_what_to_install(tmp_path):
             'from dinocls.app.cli import main\nmain()')
     result = subprocess.run([sys.executable, '-c', code, str(tmp_path/'run')], cwd=ROOT, capture_output=True,
                             text=True, env=environment())
-    assert (result.returncode == 2 and "pip install 'dinocls[book]'" in result.stderr
+    assert (result.returncode == 2 and "pip install '.[book]'" in result.stderr
             and 'Traceback' not in result.stderr)

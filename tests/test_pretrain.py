@@ -259,7 +259,7 @@ def test_impossible_fields_are_refused(field, value):
 
 def test_without_lightly_it_says_what_to_install(monkeypatch):
     for name in ('lightly.loss', 'lightly.models.modules.heads'): monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"pip install 'dinocls\[pretrain\]'"): pretrain.Student(config.preset('smoke'))
+    with pytest.raises(UserError, match=r"pip install '\.\[pretrain\]'"): pretrain.Student(config.preset('smoke'))
 
 
 SHIPPED = sorted((ROOT/'dinocls'/'weights').glob('*.safetensors'))

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,8 @@ from ..kit.files import UserError, as_os_error, expand, nearest, reason, replaci
 from ..kit.machine import hardware, rank, version, versions
 from ..kit.stage import open_run
 from .driver import chapters, duration, jobs, run_book, short, stages
-from .site import generated
+from .site import RECORD, generated
+from .website import build_site
 
 
 def settings(preset: str, config: Path | None, fields: list[str] | None, out: Path | None) -> Config:
@@ -359,13 +361,21 @@ def _weights_at_hand(cfg: Config) -> str:
 @app.command()
 def sync(check: Annotated[bool, Option(
         '--check', help='change nothing; exit with 1 if something would change')] = False):
-    "Bring badges, Colab cells and the README's generated blocks up to date with settings.ini and the committed run."
+    "Bring badges, Colab cells and generated blocks of README and docs up to date with settings and committed run."
     stale = {p: text for p, text in generated(chapters()).items() if p.read_text(encoding='utf-8') != text}
     for path, text in stale.items():
         print(f'{short(path)} {"is out of date: run dinocls sync" if check else "brought up to date"}')
         if not check:
             with replacing(path) as tmp: tmp.write_text(text, encoding='utf-8')
     raise typer.Exit(1 if check and stale else 0)
+
+
+@app.command()
+def site(run: Annotated[Path | None, Option('--run', help=f'folder of a whole run; default {RECORD}')] = None,
+         to: Annotated[Path | None, Option('--to', help="the site's folder; default _site")] = None):
+    "Build the book's site from the executed chapters of a run."
+    begin, page = time.time(), build_site((run or root()/RECORD).resolve(), to or root()/'_site', chapters())
+    print(f'The site is built in {duration(time.time() - begin)}: open {short(page)}')
 
 
 def main():

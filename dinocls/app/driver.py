@@ -19,9 +19,10 @@ from ..kit.config import Config, format_overrides, root
 from ..kit.fetch import shipped_record
 from ..kit.figures import Findings, read_findings
 from ..kit.files import UserError, digest, file_digest, locked, nearest, read_json, reason, replacing, write_json
-from ..kit.machine import cores, git_commit, hardware, memory_free, versions
+from ..kit.machine import cores, git_commit, hardware, install, memory_free, versions
 from ..kit.stage import PACKAGE, STAGES, content_of, forget, open_run, record_of
 from .site import read_notebook, write_pages
+from .website import write_beside
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Chapter:
     claim: str  # one line
     reads: tuple  # names of chapters it depends on
     cost: dict  # preset → seconds
+    question: str = ''  # the first sentence in bold that asks
     alone: bool = False  # measures time, so nothing may run beside it
 
     @property
@@ -49,8 +51,9 @@ def read_chapter(path: Path) -> Chapter:
     reads, cost, runs = (rows.get(name, '') for name in ('reads', 'cost', 'runs'))
     seconds = {preset: float(number) * {'s': 1, 'min': 60, 'h': 3600}[unit]
                for preset, number, unit in re.findall(r'(\w+) ([\d.]+) (s|min|h)\b', cost)}
+    question = next((q for text in prose for q in re.findall(r'\*\*([^*]+\?)\*\*', text)), '')
     return Chapter(path.stem, path, title, claim, ('all',) if reads == 'all' else tuple(re.findall(r'`(\w+)`', reads)),
-                   seconds, runs.startswith('alone'))
+                   seconds, question, runs.startswith('alone'))
 
 
 def chapters() -> list[Chapter]:
@@ -331,8 +334,7 @@ def run_book(cfg: Config, which: str = '', force: bool = False,
     "Execute the chosen chapters of the book; return the exit status. Raise `UserError` before anything starts."
     from filelock import Timeout
     try: import nbconvert, papermill  # noqa: F401
-    except ImportError: raise UserError("Executing the book needs papermill and Jupyter: "
-                                        "pip install 'dinocls[book]'.") from None
+    except ImportError: raise UserError(f'Executing the book needs papermill and Jupyter: {install("book")}.') from None
     papermill.log.logger.disabled = True  # errors are told by the records
     chosen = choose(chapters(), which)
     if eager: chosen = [c if read_chapter(c.path).reads == ('all',) else replace(c, reads=()) for c in chosen]
@@ -365,6 +367,7 @@ def _run_locked(run: Run, force: bool) -> int:
     for name in bad: print(f'{name} {outcome(run.ended[name])}')
     for folder in (cfg.folder/'stages').iterdir() if cfg.keep else ():
         if why := (record_of(folder) or {}).get('kept'): print(f'Note: {folder.name} is kept, although {why}.')
+    write_beside(cfg)
     page, spent = write_pages(cfg.folder, run.book), duration(time.time() - run.show.begin)
     print(f'{len(run.ended) - len(bad)} of {len(run.ended)} chapters in {spent}. Results: {short(cfg.folder)}. '
           f'Open {short(page)}')

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
 
 from ..kit.files import UserError, nearest, reason
-from ..kit.machine import cores, version
+from ..kit.machine import cores, install, version
 from ..kit.pictures import as_png, to_pixels
 
 
@@ -494,7 +494,7 @@ def extra():
     try: yield
     except ModuleNotFoundError as e:
         if (e.name or '').startswith('dinocls'): raise
-        raise UserError(f"The service needs {e.name}: pip install 'dinocls[serve]'.") from None
+        raise UserError(f'The service needs {e.name}: {install("serve")}.') from None
 
 
 @extra()

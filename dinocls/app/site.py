@@ -1,9 +1,11 @@
-"What follows from the chapters and their execution: a run's pages, badges, Colab cells, the README's generated blocks."
+"What follows from the chapters and their execution: a run's pages, badges, Colab cells, the generated blocks of texts."
 import json
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
 from ..kit.config import PRESETS, preset, root
+from ..kit.figures import read_findings
 from ..kit.files import UserError, read_json, reason, replacing
 
 RECORD = 'outputs/record-quick'  # run of preset quick that is committed: the README's numbers are its
@@ -23,14 +25,16 @@ def read_notebook(path: Path) -> dict:
 def write_pages(folder: Path, book: list) -> Path:  # run folder; chapters
     "Write each executed chapter as a page, and a page of contents; return the latter. What is newer stays."
     from nbconvert import HTMLExporter
-    exporter, done = HTMLExporter(), [c for c in book if (folder/f'{c.name}.ipynb').exists()]
+    exporter, done = HTMLExporter(embed_images=True), [c for c in book if (folder/f'{c.name}.ipynb').exists()]
     for c in done:
         source, page = folder/f'{c.name}.ipynb', folder/'html'/f'{c.name}.html'
         if page.exists() and page.stat().st_mtime > source.stat().st_mtime: continue
-        try: body, _ = exporter.from_file(str(source), {'metadata': {'name': f'{c.title} · dinocls'}})
+        about = {'metadata': {'name': f'{c.title} · dinocls', 'path': str(folder)}}  # where its pictures are
+        try: body, _ = exporter.from_file(str(source), about)
         except Exception as e:  # whatever a damaged one makes nbconvert raise
             print(f'Note: {source} is damaged ({reason(e)}): run the chapter again.')
             continue
+        body = body.replace('href="glossary.md', 'href="../glossary.md')
         with replacing(page) as tmp: tmp.write_text(body, encoding='utf-8')
     items = '\n'.join(f'<li><a href="html/{c.name}.html">{c.title}</a><br><span>{c.claim}</span></li>' for c in done)
     contents = CONTENTS.format(run=folder.name, items=items)
@@ -90,10 +94,27 @@ def of_which_commit(folder: Path, book: list) -> str:  # run folder; chapters
     return f'It is of commit `{commit}`; chapters whose code has changed since: {", ".join(other)}.'
 
 
-def chapter_table(book: list) -> str:
-    "Return the README's table of chapters."
-    rows = [f'| [{c.name}](nbs/{c.name}.ipynb) | {c.claim} | {colab_cells(c.name)[0]} |' for c in book]
-    return '\n'.join(['| chapter | what it shows | |', '|---|---|---|', *rows])
+def chapter_table(book: list, found: dict) -> str:  # chapters; name → findings
+    "Return the README's table of chapters, each with its key figure, linked to its executed copy in the record."
+    rows = []
+    for c in book:
+        page, told = f'{RECORD}/{c.name}.ipynb', found.get(c.name, {})
+        alt = told.get('alt', '').replace('|', ', ').replace('"', '')
+        picture = told.get('figure') and f'<img src="{RECORD}/{c.name}/{told["figure"]}.png" width="180" alt="{alt}">'
+        colab = re.search(r'\]\((\S+)\)$', colab_cells(c.name)[0])[1]
+        rows.append(f'| {picture or ""} | **[{c.name.partition("_")[0]} {c.title}]({page})**<br>{c.claim} | '
+                    f'[source](nbs/{c.name}.ipynb)<br>[Colab]({colab}) |')
+    return '\n'.join(['| | chapter | |', '|---|---|---|', *rows])
+
+
+def findings_list(book: list, found: dict, by: str) -> str:  # chapters; name → findings; the run, in words
+    "Return the README's list of what chapters asked and answered, the eight with most claims that could be decided."
+    def decided(c): return sum(claim['holds'] is not None for claim in found[c.name]['claims'])
+    told = sorted((c for c in book if found.get(c.name, {}).get('figure')), key=decided, reverse=True)[:8]
+    lines = [f'- **[{c.question or c.title}]({RECORD}/{c.name}.ipynb)** {found[c.name]["answer"]}'
+             for c in book if c in told]
+    return '\n'.join([*lines, '', f'{by} [Each number of the write-up that the book follows, beside this run\'s]'
+                       '(docs/reported.md).'])
 
 
 def preset_table() -> str:
@@ -103,9 +124,13 @@ def preset_table() -> str:
 
 
 def generated(book: list) -> dict:  # file → text
-    "Return the notebooks and the README as they should be."
+    "Return the notebooks, the README and the pages of docs as they should be."
     from ..report import fill_blocks, readme_blocks
-    readme, record = root()/'README.md', preset('quick', out=str(root()/RECORD))
-    blocks = {'chapters': chapter_table(book), 'presets': preset_table(), **readme_blocks(record),
-              'record': of_which_commit(record.folder, book)}
-    return {c.path: as_source(c.path) for c in book} | {readme: fill_blocks(readme.read_text(encoding='utf-8'), blocks)}
+    record = preset('quick', out=str(root()/RECORD))
+    found, blocks = read_findings(record), readme_blocks(record)
+    blocks |= {'chapters': chapter_table(book, found), 'presets': preset_table(),
+               'findings': findings_list(book, found, blocks['reported'].partition('\n')[0]),
+               'record': of_which_commit(record.folder, book)}
+    pages = root()/'README.md', *sorted((root()/'docs').glob('*.md'))
+    return {c.path: as_source(c.path) for c in book} | {
+        page: fill_blocks(page.read_text(encoding='utf-8'), blocks) for page in pages}

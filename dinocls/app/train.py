@@ -10,6 +10,7 @@ from ..kit import config as configuration
 from ..kit.config import FIELDS, WHERE, Config, root
 from ..kit.datasets import Dataset, loaded
 from ..kit.files import UserError, expand, read_json
+from ..kit.machine import progress
 from .driver import short
 
 # On DINOv2's features a small head and the rates of preset best, because own pictures are few and the backbone is good;
@@ -25,6 +26,7 @@ def find_backbone(device) -> tuple[dict, str]:
     from ..kit.fetch import weights_file
     from ..model import BACKBONES
     name = 'dinov2_vitb14' if device.type == 'cuda' else 'dinov2_vits14'
+    progress(f'looking for the weights of {name}')
     try: weights_file(name, hub=BACKBONES[name].timm)
     except UserError as e:
         return _DIGITS, (f'{str(e).partition(": ")[0]}. Until they are there, the book\'s own small backbone learns '
@@ -78,7 +80,7 @@ def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[C
         chosen = {k: v for k, v in before.items() if k in FIELDS and k not in WHERE}
         return configuration.preset('quick', **chosen | given), [f'What was begun in {short(out)} goes on.']
     where = device(configuration.preset('quick', **given))
-    model, told = ({}, '') if 'backbone' in given else find_backbone(where)
+    model, told = ({}, f'The backbone is {given["backbone"]}.') if 'backbone' in given else find_backbone(where)
     fixed = (model | given).get('image_size')
     for side in (int(fixed),) if fixed else SIDES:
         chosen = dict(train_size=0, flip=True, crop=max(1, side // 16), image_size=side) | model
@@ -140,6 +142,9 @@ def report(found: dict) -> str:
     lines = [f'On {len(labels)} test pictures, right with 95 % interval:']
     lines += [f'  {100 * a:5.1f} % ({100 * low:.1f} to {100 * high:.1f})  {name}'
               for name, (a, low, high) in found['scores'].items()]
+    model, *_, raw = (accuracy for accuracy, *_ in found['scores'].values())
+    if model <= raw: lines.append('Raw pixels do as well: the model has learned nothing yet that helps. It needs more '
+                                  'pictures, or the published weights.')
     if len(classes) <= 12:
         table = pd.crosstab(pd.Categorical(classes[labels], classes), pd.Categorical(classes[guesses], classes),
                             rownames=['is'], colnames=['taken for'], dropna=False)
@@ -151,6 +156,6 @@ def report(found: dict) -> str:
     for i in found['confidence'].argsort()[:5]:
         lines.append(f'  {found["files"][i]}: {classes[guesses[i]]}, {100 * found["confidence"][i]:.0f} % sure, '
                      + ('right' if guesses[i] == labels[i] else f'wrong: {classes[labels[i]]}'))
-    model = short(found['folder'])
-    return '\n'.join([*lines, '', f'The model is in {model}. Next:', f'  dinocls predict PICTURE --model {model}',
-                      f'  dinocls serve {model}'])
+    place = short(found['folder'])
+    return '\n'.join([*lines, '', f'The model is in {place}. Next:', f'  dinocls predict PICTURE --model {place}',
+                      f'  dinocls serve {place}'])

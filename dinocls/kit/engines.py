@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .files import UserError, cache_folder, digest, file_digest, locked, nearest, reason, recall, remember, replacing
-from .machine import cpu_name, version, versions
+from .machine import cpu_name, install, version, versions
 
 CLOSE = {'fp32': 1e-3, 'bf16': 0.1, 'fp16': 0.1, 'int8': 0.2}  # what rounding may change, as a share of the largest
 # logit; in fp32 also of any probability
@@ -281,7 +281,7 @@ def lacking(name: str, device: torch.device) -> str:
     _, devices, modules, _ = BACKENDS[name]
     if device.type not in devices: return f'does not run on {device.type}'
     absent = [m for m in modules if not importlib.util.find_spec(m)]
-    return f'needs {", ".join(absent)}, which `pip install "dinocls[export]"` installs' if absent else ''
+    return f'needs {", ".join(absent)}, which {install("export")} brings' if absent else ''
 
 
 def start_backend(subject: Subject, name: str,

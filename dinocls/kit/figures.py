@@ -135,10 +135,33 @@ def diagram(boxes: dict,  # text → (column, row, look of `BOXES`), or with a w
     return headline(fig, title) if title else fig
 
 
+def lay_over(ax, picture, weights,  # uint8 (h, w, 3); (rows, cols), 0 or more, one for each part of the picture
+             top: float = 0):  # the weight that is brightest; 0: the largest
+    "Draw a picture in grey, and weights over it, the larger the brighter."
+    top = top or float(weights.max()) or 1.0
+    ax.imshow(picture.mean(-1), cmap='gray', vmin=0, vmax=255, extent=(0, 1, 0, 1))
+    ax.imshow(weights, cmap='inferno', vmin=0, vmax=top, alpha=(0.15 + 0.7 * weights / top).clip(0, 0.85),
+              extent=(0, 1, 0, 1))
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
 def headline(fig, title: str):
     "Put a title, in bold, at the top left of a figure, in as many lines as it takes; return the figure."
     fig.suptitle(title, x=0, ha='left', fontweight='bold', fontsize=11, wrap=True)
     return fig
+
+
+def tile(ax, image,  # (h, w, 3), or what else `imshow` takes
+         above: str = '', below: str = '',
+         colour: str = 'k'):  # of what is below
+    "Show an image without axes, with a few words above and below it."
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.set_title(above, fontsize=9, fontweight='normal', loc='center', pad=3)
+    ax.set_xlabel(below, fontsize=10, fontweight='bold', color=colour, labelpad=3)
 
 
 def save_figure(cfg: Config, chapter: str, name: str, fig,

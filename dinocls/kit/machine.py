@@ -29,7 +29,8 @@ def progress(stage: str,  # what runs
         about = {'stage': stage, 'done': done, 'total': total, 'note': note, 'time': time.time()}
         with contextlib.suppress(UserError): write_json(Path(file), about)
     elif 'ipykernel' in sys.modules or sys.stdout.isatty():
-        if done: print(f'\r{stage} {done}/{total} {note}'.ljust(78), end='' if done < total else '\n', flush=True)
+        told = f'{done}/{total} {note}' if done else '…'
+        print(f'\r{stage} {told}'.ljust(78), end='\n' if 0 < done >= total else '', flush=True)
     elif not done: print(f'{stage} …', file=sys.stderr, flush=True)
 
 
@@ -48,6 +49,11 @@ def git_commit() -> str:
         changed = git('status', '--porcelain', '--untracked-files=no', '--', 'nbs', 'dinocls', 'settings.ini').stdout
         return head.stdout.strip() + ('+' if changed.strip() else '') if head.returncode == 0 else ''
     except (OSError, subprocess.SubprocessError): return ''
+
+
+def install(extra: str) -> str:  # a name of settings.ini, as lora of `lora_requirements`
+    "Say how the libraries of an extra are installed."
+    return f"`pip install '.[{extra}]'` in the book's folder"
 
 
 @functools.lru_cache

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip('fastapi', reason="the service is an extra: pip install 'dinocls[serve]'")
+pytest.importorskip('fastapi', reason="the service is an extra: pip install '.[serve]'")
 httpx = pytest.importorskip('httpx')
 pytest.register_assert_rewrite('clients')
 from clients import KIND, PHOTO, PNG, claims, encoded, sentence, serving  # noqa: E402

@@ -21,7 +21,7 @@ from PIL import Image
 from dinocls.kit.files import UserError
 from dinocls.kit.pictures import as_png
 
-pytest.importorskip('fastapi', reason="the service is an extra: pip install 'dinocls[serve]'")
+pytest.importorskip('fastapi', reason="the service is an extra: pip install '.[serve]'")
 httpx = pytest.importorskip('httpx')
 pytest.register_assert_rewrite('clients')
 from clients import (  # noqa: E402
@@ -632,7 +632,7 @@ def test_missing_extra(missing, saved, monkeypatch, in_process):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, 'dinocls.app.server', raising=False)
     refused(in_process('serve', saved, '--backend', 'torch', '--no-page', '--port', 0), missing,
-            "pip install 'dinocls[serve]'")
+            "pip install '.[serve]'")
 
 
 # --- the end

@@ -6,6 +6,7 @@ from configparser import ConfigParser
 
 import pytest
 from conftest import ROOT, chapter
+from PIL import Image
 
 from dinocls.app import site
 from dinocls.app.driver import chapters
@@ -45,7 +46,12 @@ def test_outputs_and_foreign_badges_are_mended(book):
 
 
 def test_tables_list_all():
-    assert all(f'nbs/{c.name}.ipynb' in line for c, line in zip(BOOK, site.chapter_table(BOOK).splitlines()[2:]))
+    found = {BOOK[0].name: {'figure': 'key', 'alt': 'A "bar" | two', 'answer': 'Yes.', 'claims': []}}
+    lines = site.chapter_table(BOOK, found).splitlines()[2:]
+    assert all(f'{site.RECORD}/{c.name}.ipynb' in line for c, line in zip(BOOK, lines, strict=True))
+    assert f'{BOOK[0].name}/key.png" width="180" alt="A bar ,  two"' in lines[0] and lines[0].count(' | ') == 2
+    told = site.findings_list(BOOK, found, 'Run x.')
+    assert told.startswith(f'- **[{BOOK[0].question}]') and 'Yes.' in told and '\n- ' not in told and 'Run x.' in told
     assert [line.split('`')[1] for line in site.preset_table().splitlines()[2:]] == [*PRESETS]
 
 
@@ -68,7 +74,7 @@ def test_sync_mends_and_check_only_tells(tmp_path, monkeypatch, in_process):
 
 def test_the_record_is_of_the_chapters_as_they_are_or_says_of_which_commit():
     said = site.of_which_commit(RECORD, BOOK)
-    assert said in README
+    assert said in (ROOT/'docs'/'reported.md').read_text(encoding='utf-8')
     if said.startswith('It is of commit'): assert re.fullmatch('[0-9a-f]{12}', re.search('`(.*)`', said)[1])
 
 
@@ -92,8 +98,13 @@ def test_pages_are_written_for_what_was_executed_and_kept_while_newer(book):
     for name in ('01_first', '02_later'): chapter(book, name, '1 + 1')
     found = chapters()
     (run := book/'run').mkdir()
-    (run/'01_first.ipynb').write_text((book/'nbs'/'01_first.ipynb').read_text())
+    nb = json.loads((book/'nbs'/'01_first.ipynb').read_text())
+    nb['cells'][1]['source'] = '![A dot](01_first/dot.png) is a [word](glossary.md#word)'
+    (run/'01_first.ipynb').write_text(json.dumps(nb))
+    (run/'01_first').mkdir()
+    Image.new('L', (1, 1)).save(run/'01_first'/'dot.png')
     contents, page = site.write_pages(run, found), run/'html'/'01_first.html'
+    assert 'src="data:image/png' in page.read_text() and 'href="../glossary.md#word"' in page.read_text()
     assert '01_first · dinocls' in page.read_text() and [p.name for p in page.parent.iterdir()] == ['01_first.html']
     assert 'html/01_first.html' in contents.read_text() and '02_later' not in contents.read_text()
     page.write_text('kept')

@@ -129,6 +129,6 @@ def test_many_classes_are_reported_by_their_errors():
     files = [f'{i}.png' for i in labels]
     text = train.report({'classes': classes, 'labels': labels, 'guesses': guesses, 'files': files,
                          'confidence': np.linspace(0.2, 0.9, 20), 'folder': preset('quick').folder/'production',
-                         'scores': {'the fine-tuned model': (0.9, 0.7, 0.97)}})
+                         'scores': {'the fine-tuned model': (0.9, 0.7, 0.97), 'raw pixels': (0.9, 0.7, 0.97)}})
     assert '1 × class 0 taken for class 5' in text and '0.png: class 5, 20 % sure, wrong: class 0' in text
-    assert '90.0 % (70.0 to 97.0)' in text
+    assert '90.0 % (70.0 to 97.0)' in text and 'Raw pixels do as well' in text

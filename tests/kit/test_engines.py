@@ -212,8 +212,8 @@ def test_what_is_not_there_is_named(subject, monkeypatch):
     assert lacking('onnx', torch.device('mps')) == 'does not run on mps'
     refused(lambda: start_backend(subject, 'tensorrt'), 'does not run on cpu')
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    for name in EXPORTING: refused(lambda: start_backend(subject, name), 'onnxruntime', 'dinocls[export]')
-    refused(lambda: export_onnx(subject, 'model.onnx'), 'dinocls[export]')
+    for name in EXPORTING: refused(lambda: start_backend(subject, name), 'onnxruntime', '.[export]')
+    refused(lambda: export_onnx(subject, 'model.onnx'), '.[export]')
 
 
 def test_a_provider_that_is_not_there_is_told(tmp_path):
