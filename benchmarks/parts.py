@@ -52,10 +52,10 @@ def pixels(cfg):
 
 def features(cfg):
     "8 · features: k-NN, its curve, linear probe, SGD probe"
-    from dinocls.probe import curves, probe_one, sgd_probe
+    from dinocls.probe import knn_curve, probe_one, sgd_probe
     feats, labels = made_up(cfg)
     probe_one(feats, labels, cfg.knn_k)
-    curves(feats, labels)
+    knn_curve(feats['train'], labels['train'], feats['val'], labels['val'], temperatures=(None, 0.07))
     sgd_probe(feats['train'], labels['train'], feats['val'], labels['val'], feats['test'])
 
 def few_shot(cfg):

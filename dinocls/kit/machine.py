@@ -1,5 +1,6 @@
 "What a result was made by: versions, the commit, processor, cores, memory."
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -39,6 +40,7 @@ def version() -> str:
     return __version__
 
 
+@functools.lru_cache  # the code that this process runs; a study asks hundreds of times
 def git_commit() -> str:
     "Return the commit of the checkout, with `+` if there are changes; empty outside git."
     def git(*args): return subprocess.run(['git', *args], cwd=root(), capture_output=True, text=True, timeout=10)
@@ -54,6 +56,7 @@ def install(extra: str) -> str:  # a name of settings.ini, as lora of `lora_requ
     return f"`pip install '.[{extra}]'` in the book's folder"
 
 
+@functools.lru_cache
 def versions() -> dict:
     "Return the versions of Python and of the libraries that decide results."
     from importlib.metadata import PackageNotFoundError, version as installed

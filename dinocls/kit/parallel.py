@@ -4,11 +4,13 @@ import dataclasses
 import importlib
 import itertools
 import os
+import sys
 import threading
 import time
 
 from .config import FIELDS
 from .files import UserError, locked, reason
+from .machine import cores, memory_free
 from .stage import STAGES, Result, open_run
 
 
@@ -29,13 +31,14 @@ def run_stages(stage,  # a `Stage`
 
 
 def _devices(cfgs: list) -> list[str]:
-    """Return the devices that may share the work: each GPU `at_once` times; none if there is nothing to share, a
-    configuration names its device, or a launcher has shared it."""
+    """Return the devices that may share the work: each GPU `at_once` times, or the CPU; none if there is nothing to
+    share, a configuration names its device, or a launcher has shared it."""
     if len(cfgs) < 2 or any(c.device not in ('auto', 'cuda') for c in cfgs): return []
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: return []
     import torch
     torch.cuda.empty_cache()  # a worker may need what this process keeps for later
-    return ([f'cuda:{i}' for i in range(torch.cuda.device_count())] or ['auto']) * cfgs[0].at_once
+    gpus, most = [f'cuda:{i}' for i in range(torch.cuda.device_count())], cfgs[0].at_once
+    return gpus * most or ['auto'] * max(1, min(most, memory_free() // 2**31))  # 2 GB for each process
 
 
 def _attempt(stage, cfg) -> str:
@@ -72,6 +75,8 @@ def _work(module: str, name: str, cfg, devices: list, first: int) -> str:
     "Compute a stage on a device that no other worker uses; return what went wrong, or nothing."
     if os.getppid() == first: threading.Thread(target=_follow, args=(first,), daemon=True).start()
     importlib.import_module(module)
+    if torch := sys.modules.get('torch'):  # more threads than cores wait for each other, ten times as long as they work
+        torch.set_num_threads(max(1, cores() // len(devices)))
     with _free(devices, cfg.folder) as device: return _attempt(STAGES[name], dataclasses.replace(cfg, device=device))
 
 

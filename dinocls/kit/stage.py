@@ -350,8 +350,15 @@ def content_of(cfg: Config, fields) -> dict:  # field → digest
 
 
 def record_of(folder: Path) -> dict | None:
-    "Return the record of a stage's result; none if it is in the making, damaged, or of an older version."
+    "Return the record of a stored result; none if it is in the making, damaged, or of an older version."
     if folder.suffix: return None  # in the making, or a lock
+    try: seen = (folder/'run.json').stat()
+    except OSError: return None
+    return _record_of(folder, seen.st_mtime_ns, seen.st_size, seen.st_ino)
+
+
+@functools.lru_cache(2**12)
+def _record_of(folder: Path, *seen) -> dict | None:  # a study asks for hundreds of records at each of its runs
     try: record = read_json(folder/'run.json')
     except UserError: return None
     whole = isinstance(record, dict) and {'fields', 'content', 'code', 'after', 'files', 'parts'} <= record.keys()
