@@ -64,7 +64,13 @@ def colab_cells(name: str) -> tuple[str, str]:
             f'({colab}/github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb)',
             "# In Colab, install the book's library; elsewhere this does nothing.\n"
             "if 'google.colab' in str(get_ipython()):\n"
-            f'    %pip install -q "dinocls[book] @ git+{s["git_url"]}@{s["branch"]}"')
+            f'    %pip install -q "dinocls[book] @ git+{s["git_url"]}@{s["branch"]}"\n'
+            '    import dinocls  # noqa: F401, what could not be installed is told here')
+
+
+def colab_link(name: str) -> str:
+    "Return the address at which Colab opens a chapter."
+    return re.search(r'\]\((\S+)\)$', colab_cells(name)[0])[1]
 
 
 def as_source(path: Path) -> str:
@@ -101,9 +107,8 @@ def chapter_table(book: list, found: dict) -> str:  # chapters; name → finding
         page, told = f'{RECORD}/{c.name}.ipynb', found.get(c.name, {})
         alt = told.get('alt', '').replace('|', ', ').replace('"', '')
         picture = told.get('figure') and f'<img src="{RECORD}/{c.name}/{told["figure"]}.png" width="180" alt="{alt}">'
-        colab = re.search(r'\]\((\S+)\)$', colab_cells(c.name)[0])[1]
         rows.append(f'| {picture or ""} | **[{c.name.partition("_")[0]} {c.title}]({page})**<br>{c.claim} | '
-                    f'[source](nbs/{c.name}.ipynb)<br>[Colab]({colab}) |')
+                    f'[source](nbs/{c.name}.ipynb)<br>[Colab]({colab_link(c.name)}) |')
     return '\n'.join(['| | chapter | |', '|---|---|---|', *rows])
 
 

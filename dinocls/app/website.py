@@ -16,7 +16,7 @@ from ..kit.config import Config, preset, root
 from ..kit.figures import read_findings, read_metrics
 from ..kit.files import UserError, plain, read_json, replacing
 from ..kit.stage import PACKAGE, stored
-from .site import colab_cells, read_notebook
+from .site import colab_link, read_notebook
 
 HERE = Path(__file__).parent
 
@@ -63,6 +63,11 @@ def write_sources(run: Path, source: Path, book: list):
              'Appendices': [c for c in book if c.name.startswith('A')]}
     toc = [{'caption': k, 'chapters': [{'file': c.name, 'title': f'{c.name.partition("_")[0]} {c.title}'} for c in v]}
            for k, v in parts.items() if v]
+    docs = {f.stem: f.read_text(encoding='utf-8') for f in sorted((root()/'docs').glob('*.md'))}
+    source_at = github(book[0].name).partition('/nbs/')[0]
+    texts |= {f'{name}.md': text.replace('](../nbs/', '](').replace('](../', f']({source_at}/')
+              for name, text in docs.items()}
+    toc += [{'caption': 'Use it', 'chapters': [{'file': name} for name in docs]}] if docs else []
     toc += [{'caption': 'Beside them', 'chapters': [
         {'file': 'gallery'}, {'file': 'play'}, {'file': 'glossary'}, {'file': 'record'},
         {'file': 'api', 'sections': [{'file': f'api/{name}'} for name in modules]}]}]
@@ -121,8 +126,7 @@ def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; boo
     """Return an executed chapter as a page: links and how it was executed below the title, directives and badges away,
     and each picture with the description that its file has, else with the sentence before it."""
     nb, drawn, said = read_notebook(run/f'{c.name}.ipynb'), figures(run, c.name), c.title
-    colab = re.search(r'\]\((\S+)\)$', colab_cells(c.name)[0])[1]
-    source = colab.replace('colab.research.google.com/github', 'github.com')
+    colab, source = colab_link(c.name), github(c.name)
     for cell in nb['cells']:
         text, tags = ''.join(cell['source']), cell['metadata'].setdefault('tags', [])
         if cell['cell_type'] == 'markdown':
@@ -151,6 +155,11 @@ def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; boo
     return json.dumps(nb | {'cells': cells})
 
 
+def github(chapter: str) -> str:
+    "Return the address of a chapter's source."
+    return colab_link(chapter).replace('colab.research.google.com/github', 'github.com')
+
+
 def picture(path: str, alt: str, look: str = 'large') -> str:
     "Return a picture in MyST's Markdown, of a class of looks."
     return f'```{{image}} {path}\n:alt: {alt}\n:class: {look}\n```'
@@ -161,7 +170,7 @@ def landing(run: Path, book: list, found: dict) -> str:
     def undecided(c): return -sum(claim['holds'] is not None for claim in found[c.name]['claims'])
     shown = [c for c in book if found.get(c.name, {}).get('figure')]
     told = sorted(shown, key=undecided)[:8]
-    cards = [CARD.format(title=c.title, name=c.name, **found[c.name]) for c in book if c in told]
+    cards = [CARD.format(title=c.question or c.title, name=c.name, **found[c.name]) for c in book if c in told]
     last = max(shown, key=lambda c: len(c.reads), default=None)  # reads all others
     hero = picture(f'{last.name}/{found[last.name]["figure"]}.png', found[last.name]['alt']) if last else ''
     return LANDING.format(run=run.name, first=book[0].name, hero=hero, cards='\n'.join(cards), n=len(book))
