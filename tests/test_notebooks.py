@@ -35,6 +35,24 @@ def test_opens_as_the_style_says(path):
     assert "preset: str = 'smoke'" in tagged[0]
 
 
+@pytest.mark.parametrize('c', CHAPTERS, ids=lambda c: c.name)
+def test_a_chapter_asks_is_short_and_leaves_something_to_try(c):
+    kinds = cells(c.path)
+    prose = ' '.join(source for kind, source, _ in kinds if kind == 'markdown')
+    assert c.question and len(kinds) <= 70 and len(prose.split()) <= 1300
+    assert 'write_findings(' in ''.join(code(c.path)) and '<details><summary>' in prose
+    for _, source, cell in kinds[2:5]: assert 'hide-cell' in cell['metadata'].get('tags', ()), source
+
+
+@pytest.mark.parametrize('c', CHAPTERS, ids=lambda c: c.name)
+def test_a_picture_comes_within_eight_cells_of_the_source(c):
+    record = ROOT/'outputs'/'record-quick'/c.path.name
+    mine = [x for x in json.loads(record.read_text())['cells']
+            if not {'injected-parameters', 'findings'} & {*x['metadata'].get('tags', ())}]
+    seen = [i for i, x in enumerate(mine) if any('image/png' in o.get('data', {}) for o in x.get('outputs', ()))]
+    assert seen[0] < 8
+
+
 @BY_NAME
 def test_is_a_source(path):
     nb = json.loads(path.read_text())

@@ -10,7 +10,6 @@ from ..kit import config as configuration
 from ..kit.config import FIELDS, WHERE, Config, root
 from ..kit.datasets import Dataset, loaded
 from ..kit.files import UserError, expand, read_json
-from ..kit.machine import progress
 from .driver import short
 
 # On DINOv2's features a small head and the rates of preset best, because own pictures are few and the backbone is good;
@@ -26,7 +25,7 @@ def find_backbone(device) -> tuple[dict, str]:
     from ..kit.fetch import weights_file
     from ..model import BACKBONES
     name = 'dinov2_vitb14' if device.type == 'cuda' else 'dinov2_vits14'
-    progress(f'looking for the weights of {name}')
+    print(f'Looking for the weights of {name} …', flush=True)
     try: weights_file(name, hub=BACKBONES[name].timm)
     except UserError as e:
         return _DIGITS, (f'{str(e).partition(": ")[0]}. Until they are there, the book\'s own small backbone learns '

@@ -1,8 +1,14 @@
 "What a chapter leaves behind: rows of metrics, claims, tables, figures in one style."
 import json
+import re
 
 from .config import Config
 from .files import plain, read_json, replacing, write_json
+
+
+def proper(text: str) -> str:
+    "Write a hyphen before a number as a minus sign, and a space before a percent sign."
+    return re.sub(r'(?<=\d)%', ' %', re.sub(r'(?<![\w.])-(?=\d)', '−', text))
 
 
 def metric(name: str,  # what was measured
@@ -66,8 +72,9 @@ def write_findings(cfg: Config, chapter: str,  # as in '05_phase1'
                    untold: str = '',  # what the run can't tell
                    change: str = '') -> Findings:  # what would change the answer
     "Write what a chapter found into its folder of the run, and return it for display."
-    found = {'answer': answer, 'figure': figure, 'alt': alt or answer, 'claims': [*claims], 'untold': untold,
-             'change': change}
+    claims = [{k: proper(v) if isinstance(v, str) else v for k, v in c.items()} for c in claims]
+    texts = {'answer': answer, 'figure': figure, 'alt': alt or answer, 'untold': untold, 'change': change}
+    found = {k: proper(v) if k != 'figure' else v for k, v in texts.items()} | {'claims': claims}
     write_json(cfg.folder/chapter/'findings.json', found)
     return Findings(found)
 
@@ -170,13 +177,19 @@ def save_figure(cfg: Config, chapter: str, name: str, fig,
     """Write a figure as `<chapter>/<name>.png` into the run, with its title and alternative text inside: pictures at
     200 dots per inch, lines at the style's 100, and these as SVG too. The notebook shows it as the cell ends."""
     import matplotlib as mpl
+    from PIL import Image, PngImagePlugin
+    for text in fig.findobj(mpl.text.Text): text.set_text(proper(text.get_text()))
     title = fig.get_suptitle() or ' · '.join(filter(None, (ax.get_title() for ax in fig.axes)))
-    told, pictures = {'Title': title, 'Description': alt or title}, any(ax.images for ax in fig.axes)
+    told, pictures = {'Title': title, 'Description': proper(alt) or title}, any(ax.images for ax in fig.axes)
+    whole, inside = {'bbox_inches': 'tight', 'pad_inches': 0.06}, PngImagePlugin.PngInfo()
+    for key, text in told.items(): inside.add_itxt(key, text)
     with replacing(cfg.folder/chapter/f'{name}.png') as tmp:
-        fig.savefig(tmp, dpi=200 if pictures else 'figure', metadata={'Software': None, **told})
+        fig.savefig(tmp, dpi=200 if pictures else 'figure', **whole)
+        with Image.open(tmp) as drawn: few = drawn.convert('RGB').quantize(256, dither=Image.Dither.NONE)
+        few.save(tmp, 'PNG', optimize=True, pnginfo=inside)
     if pictures: return
     with replacing(cfg.folder/chapter/f'{name}.svg') as tmp, mpl.rc_context({'svg.hashsalt': 'dinocls'}):
-        fig.savefig(tmp, format='svg', metadata={'Date': None, 'Creator': None, **told})
+        fig.savefig(tmp, format='svg', metadata={'Date': None, 'Creator': None, **told}, **whole)
 
 
 def save_table(cfg: Config, chapter: str, name: str, table):

@@ -29,8 +29,7 @@ def progress(stage: str,  # what runs
         about = {'stage': stage, 'done': done, 'total': total, 'note': note, 'time': time.time()}
         with contextlib.suppress(UserError): write_json(Path(file), about)
     elif 'ipykernel' in sys.modules or sys.stdout.isatty():
-        told = f'{done}/{total} {note}' if done else '…'
-        print(f'\r{stage} {told}'.ljust(78), end='\n' if 0 < done >= total else '', flush=True)
+        if done: print(f'\r{stage} {done}/{total} {note}'.ljust(78), end='' if done < total else '\n', flush=True)
     elif not done: print(f'{stage} …', file=sys.stderr, flush=True)
 
 

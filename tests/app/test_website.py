@@ -94,7 +94,7 @@ def test_a_page_is_the_executed_chapter_with_folds_links_and_descriptions(run):
 
 
 def test_the_first_page_shows_the_findings_that_could_be_decided():
-    book = [SimpleNamespace(name=f'{i:02}_c', title=f'T{i}', reads=('x',) * i) for i in range(12)]
+    book = [SimpleNamespace(name=f'{i:02}_c', title=f'T{i}', question='', reads=('x',) * i) for i in range(12)]
     found = {c.name: {'answer': f'A{i}.', 'figure': '' if i == 11 else 'f', 'alt': f'Alt {i}',
                       'claims': [{'holds': True if j < i else None} for j in range(11)]} for i, c in enumerate(book)}
     page = website.landing(ROOT/RECORD, book, found)

@@ -81,3 +81,22 @@ def test_a_diagram_has_its_boxes_in_place_and_says_what_is_frozen():
     assert written['backbone'] == (0, 0) and written['logits'] == (2, -1) and 'embedding' in written
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ['frozen', 'learns']
     plt.close(fig)
+
+
+def test_minus_and_percent_signs_are_set_as_in_print_and_rates_keep_their_hyphen(cfg):
+    assert figures.proper('-1.4 to +0.2 (-.5, 1e-2, 5-8, x-1)') == '−1.4 to +0.2 (-.5, 1e-2, 5-8, x-1)'
+    assert figures.proper('93% of 5 %') == '93 % of 5 %'
+    told = [figures.claim('It costs -1 point', False, '-1.0 (-2.0 to -0.1)')]
+    found = figures.write_findings(cfg, '05_phase1', 'By -1 point.', told, 'a-1')
+    assert found['answer'] == 'By −1 point.' and found['claims'][0]['evidence'] == '−1.0 (−2.0 to −0.1)'
+    assert found['figure'] == 'a-1' and found['claims'][0]['holds'] is False
+
+
+def test_nothing_is_cut_off_at_the_edge_of_a_figure(cfg):
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    fig, ax = figures.subplots(size=(3, 2))
+    fig.text(0.9, 0.5, 'over the edge of the figure')
+    figures.save_figure(cfg, '05_phase1', 'wide', fig)
+    plt.close(fig)
+    with Image.open(cfg.folder/'05_phase1'/'wide.png') as png: assert png.width > 400
