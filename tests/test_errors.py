@@ -36,6 +36,30 @@ def test_suspects_where_a_class_has_no_images():
     assert errors.label_suspects(p, np.array([0, 1, 0, 1])).tolist() == [3]
 
 
+# --- promises
+
+
+@pytest.mark.parametrize('n', [60, 300])
+@pytest.mark.parametrize('error', [lambda s: 0.3 * (1 - s), lambda s: 0.025 + 0 * s], ids=['falling', 'level'])
+def test_a_promise_is_broken_in_one_of_twenty_cases_at_most(n, error):
+    rng, many, broken, told = np.random.default_rng(0), np.linspace(0, 1, 10_000), [], []
+    for _ in range(300):
+        sure = rng.random(n)
+        found = errors.promise(sure, rng.random(n) >= error(sure))
+        told.append(found['risk'])
+        broken.append(found['risk'] is not None and error(many[many >= found['least']]).mean() > found['risk'])
+    assert np.mean(broken) <= 0.05 and any(told)
+    assert errors.promise(sure[:9], np.ones(9, bool))['risk'] is None  # nine images can promise nothing
+
+
+def test_halves_hold_a_rare_class_alike():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [900, 40, 1]))
+    for seed in range(5):
+        a, b = errors.halves(labels, seed)
+        assert sorted([*a, *b]) == list(range(len(labels))) and len(b) - len(a) in (0, 1)
+        assert np.bincount(labels[a], minlength=3)[1] == np.bincount(labels[b], minlength=3)[1] == 20
+
+
 # --- the judges -------------------------------------------------------------
 
 ORIGINAL = np.array([3, 8, 8, 0, 6, 6, 1, 6, 3, 1, 0, 9, 5, 7, 9, 8, 5, 7, 8, 6])

@@ -15,8 +15,8 @@ from PIL import Image
 from dinocls.kit import config
 from dinocls.kit.files import UserError, file_digest
 from dinocls.kit.pictures import FORMATS
-from dinocls import inference
-from dinocls.inference import CARD, EXAMPLES, FILES, ProductionModel, benchmark, calibrate, save_production
+from dinocls.errors import calibrate
+from dinocls.inference import CARD, EXAMPLES, FILES, ProductionModel, benchmark, save_production
 from dinocls.kit import engines, files
 from dinocls.kit.engines import BACKENDS, agreement, scaled
 from dinocls.kit.pictures import as_png
@@ -528,16 +528,3 @@ def test_round_trip_is_exact_and_repeatable(tmp_path, saved, model):
     for name in FILES: assert (again/name).read_bytes() == (saved/name).read_bytes()
     assert model.predict(RGB) == ProductionModel(again, 'cpu').predict(RGB)
     assert model.config['metrics'] == {'test': {'accuracy': 0.1, 'n': 100}}
-
-
-@pytest.mark.parametrize('n', [60, 300])
-@pytest.mark.parametrize('error', [lambda s: 0.3 * (1 - s), lambda s: 0.025 + 0 * s], ids=['falling', 'level'])
-def test_a_promise_is_broken_in_one_of_twenty_cases_at_most(n, error):
-    rng, many, broken, told = np.random.default_rng(0), np.linspace(0, 1, 10_000), [], []
-    for _ in range(300):
-        sure = rng.random(n)
-        found = inference.promise(sure, rng.random(n) >= error(sure))
-        told.append(found['risk'])
-        broken.append(found['risk'] is not None and error(many[many >= found['least']]).mean() > found['risk'])
-    assert np.mean(broken) <= 0.05 and any(told)
-    assert inference.promise(sure[:9], np.ones(9, bool))['risk'] is None  # nine images can promise nothing
