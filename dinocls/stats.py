@@ -34,7 +34,7 @@ def with_interval(value: float, low: float, high: float,  # fractions
                   unit: str = '%') -> str:  # or points, of a difference
     "Write a share, or a difference of two, with its 95 % interval."
     a, b, c = (f'{100 * v:{"+" if unit == "points" else ""}.2f}' for v in (value, low, high))
-    return f'{a} {unit} (95 % interval {b} to {c})'
+    return f'{a} {unit} (95 % interval {b} to {c})'.replace('-', '−')
 
 # %% ../nbs/00_stats.ipynb #4447fe30
 def bootstrap(statistic,  # takes as many arrays as are given, returns a number
