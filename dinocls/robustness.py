@@ -225,7 +225,6 @@ def published_1(cfg, folder):
     x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     return {'labels': labels} | judge(cfg, {'shifted': lambda: x}, folder)
 
-# %% ../nbs/12_robustness.ipynb #a78d0691
 def shift_rows(name: str, found) -> list[dict]:
     "Return each model's accuracy on a published set, in percent with its interval."
     means = {'mean of 15': BENCHMARK, 'mean of 19': [*CORRUPTIONS]} if 'names' in found else {'': ['shifted']}
