@@ -109,5 +109,5 @@ def test_committed_runs_are_small_and_say_nothing_of_a_machine():
     machine = (f'{ROOT.parent}/', f'{Path.home()}/', 'site-packages', tempfile.gettempdir())
     for f in files:
         if f.suffix in ('.ipynb', '.json', '.csv'):
-            text = re.sub(r'"image/png": "[^"]*"', '', f.read_text(encoding='utf-8'))  # letters there may spell anything
+            text = re.sub(r'"image/png": "[^"]*"', '', f.read_text(encoding='utf-8'))  # which may spell anything
             assert not [word for word in machine if word in text], f
