@@ -8,7 +8,6 @@ __all__ = ['PAIRS', 'make_splits', 'sample_unlabelled', 'identical', 'in_blocks'
            'pick', 'on_device', 'load_split', 'unlabelled', 'batches', 'prefetch', 'Loader', 'splits', 'look_alikes']
 
 # %% ../nbs/01_data.ipynb #45e6b9b7
-import hashlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from .kit.datasets import Dataset, loaded
+from .kit.datasets import Dataset, loaded, pixel_digest
 from .kit.files import UserError
 from .kit.machine import memory_free, progress
 from .kit.stage import stage
@@ -63,8 +62,7 @@ PAIRS = (('train', 'val'), ('train', 'test'), ('val', 'test'))
 
 def identical(data: Dataset, splits: dict) -> dict:  # (split, split) → pairs of indices into the dataset, (k, 2)
     "Find images that occur in two splits pixel for pixel: of each, one pair."
-    of = lambda image: hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest()
-    hashes, pairs = {s: np.array([of(data.images[i]) for i in index]) for s, index in splits.items()}, {}
+    hashes, pairs = {s: np.array([pixel_digest(data.images[i]) for i in index]) for s, index in splits.items()}, {}
     for a, b in PAIRS:
         _, i, j = np.intersect1d(hashes[a], hashes[b], return_indices=True)
         pairs[a, b] = np.stack([splits[a][i], splits[b][j]], 1)

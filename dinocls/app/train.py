@@ -78,10 +78,10 @@ def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[C
         before = read_json(out/'run.json').get('config') or {}
         chosen = {k: v for k, v in before.items() if k in FIELDS and k not in WHERE}
         return configuration.preset('quick', **chosen | given), [f'What was begun in {short(out)} goes on.']
-    where = device(configuration.preset('quick', **given))
+    where = device(asked := configuration.preset('quick', **given))
     model, told = ({}, f'The backbone is {given["backbone"]}.') if 'backbone' in given else find_backbone(where)
-    fixed = (model | given).get('image_size')
-    for side in (int(fixed),) if fixed else SIDES:
+    fixed = asked.image_size if 'image_size' in given else model.get('image_size')
+    for side in (fixed,) if fixed else SIDES:
         chosen = dict(train_size=0, flip=True, crop=max(1, side // 16), image_size=side) | model
         data = loaded(configuration.preset('quick', **chosen | given))
         chosen |= divided(data)
@@ -93,8 +93,8 @@ def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[C
         if first + second > 6: break  # else smaller images, if there is a choice
     chosen |= dict(phase1_epochs=first, phase2_epochs=second)
     return configuration.preset('quick', **chosen | given), [told, (
-        f'{len(data.labels):,} pictures of {len(data.classes)} classes, seen at {side} pixels: {first} epochs of the '
-        f'head alone and {second} of everything, in about {max(1, round(cost / 60))} min.')]
+        f'{sum(map(len, data.splits.values())):,} pictures of {len(data.classes)} classes, seen at {side} pixels: '
+        f'{first} epochs of the head alone and {second} of everything, in about {max(1, round(cost / 60))} min.')]
 
 
 def shortcomings(cfg: Config) -> list:

@@ -279,10 +279,15 @@ def _parts(root: Path) -> dict:  # part → folder
                     f'{root}/train/<class>/<image>, or {root}/<class>/<image>.')
 
 
+def pixel_digest(image: np.ndarray) -> str:
+    "Return what only pixel for pixel the same images share."
+    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).hexdigest()
+
+
 def _without_copies(data: Dataset) -> Dataset:
     """Leave out pictures that are another's copy pixel for pixel, so that dividing the rest puts none on both sides;
     and those that lie in two classes, whose label nobody knows."""
-    of = [hashlib.blake2b(np.ascontiguousarray(x), digest_size=16).digest() for x in data.images]
+    of = [*map(pixel_digest, data.images)]
     _, first, group = np.unique(of, return_index=True, return_inverse=True)
     disputed = np.unique(group[data.labels != data.labels[first][group]])
     kept = np.sort(np.delete(first, disputed))

@@ -294,11 +294,12 @@ class Stage:
         self._said.add(sentence)
 
     def _places(self, cfg: Config) -> tuple[Path, list]:
-        """Return where a result is made, which all fields and the code decide, and what locks it: this place, and, so
-        that configurations with one result wait for each other, the fields that the stage read before."""
+        """Return where a result is made, which all fields, their content and the code decide, and what locks it: this
+        place, and, so that configurations with one result wait for each other, the fields that the stage read before.
+        """
         fields = {f: plain(getattr(cfg, f)) for f in FIELDS if f not in WHERE}
         before = next((result.record['fields'] for result in stored(cfg.folder, self.name)), fields)
-        made = digest([fields, code_digests(self), content_of(cfg, before)])[:12]
+        made = digest([fields, code_digests(self), content_of(cfg, fields)])[:12]
         likely = digest({f: fields[f] for f in before if f in fields})[:12]
         stages = cfg.folder/'stages'
         locks = [stages/f'{self.name}-{key}.lock' for key in dict.fromkeys((likely, made))]

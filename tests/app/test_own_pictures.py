@@ -119,7 +119,9 @@ def test_few_unbalanced_and_broken_pictures_end_in_a_model_that_answers(tmp_path
 def test_what_cannot_be_learned_from_is_refused(tmp_path, in_process):
     from conftest import refused
     refused(in_process('train', tmp_path/'nowhere'), 'There is no folder')
-    refused(in_process('train', pictures(tmp_path/'set', 3), '--set', 'phase1_epoch=3'), 'phase1_epochs')
+    root = pictures(tmp_path/'set', 3)
+    refused(in_process('train', root, '--set', 'phase1_epoch=3'), 'phase1_epochs')
+    refused(in_process('train', root, '--set', 'image_size=large'), 'image_size')
 
 
 def test_many_classes_are_reported_by_their_errors():

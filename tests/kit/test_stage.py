@@ -55,6 +55,14 @@ def test_the_first_call_computes_and_the_second_loads(cfg):
     assert squares(cfg)['values'].tolist() == [0, 1, 4, 9]
 
 
+def test_what_is_stored_meanwhile_moves_neither_the_place_nor_its_lock(cfg):
+    "Whoever asks for a result while another makes it waits, although a sibling has been stored since."
+    place, (*_, lock) = squares._places(cfg)
+    squares(variant(cfg, seed=5))
+    after, locks = squares._places(cfg)
+    assert after == place and lock in locks
+
+
 def test_only_what_was_read_matters(cfg):
     first = squares(cfg).folder
     assert squares(dataclasses.replace(cfg, phase2_epochs=9)).folder == first
