@@ -17,7 +17,7 @@ import psutil
 
 from ..kit.config import Config, format_overrides, root
 from ..kit.fetch import shipped_record
-from ..kit.figures import Findings, read_findings
+from ..kit.figures import Findings, few_colours, read_findings
 from ..kit.files import UserError, digest, file_digest, locked, nearest, read_json, reason, replacing, write_json
 from ..kit.machine import cores, git_commit, hardware, install, memory_free, versions
 from ..kit.stage import PACKAGE, STAGES, content_of, forget, open_run, record_of
@@ -128,12 +128,11 @@ def tidy(notebook: Path, findings: Findings | None = None) -> str:
 
 
 def smaller(png: str) -> str:
-    "Return a picture (PNG in base64) with 256 colours, which a figure can do with, if that is shorter."
+    "Return a picture (PNG in base64) in few colours, if that is shorter."
     from base64 import b64decode, b64encode
     from io import BytesIO
     from PIL import Image
-    few = Image.open(BytesIO(b64decode(png))).convert('RGB').quantize(256, dither=Image.Dither.NONE)
-    few.save(file := BytesIO(), 'PNG', optimize=True)
+    few_colours(Image.open(BytesIO(b64decode(png)))).save(file := BytesIO(), 'PNG', optimize=True)
     return min(png, b64encode(file.getvalue()).decode() + '\n', key=len)
 
 

@@ -172,6 +172,13 @@ def tile(ax, image,  # (h, w, 3), or what else `imshow` takes
     ax.set_xlabel(below, fontsize=10, fontweight='bold', color=colour, labelpad=3)
 
 
+def few_colours(image):  # of Pillow
+    "Return a picture with 256 colours, which a figure can do with; rare ones keep theirs, as median cut's would not."
+    from PIL import Image
+    kept = {'method': Image.Quantize.MAXCOVERAGE, 'kmeans': 1, 'dither': Image.Dither.NONE}
+    return image.convert('RGB').quantize(256, **kept)
+
+
 def save_figure(cfg: Config, chapter: str, name: str, fig,
                 alt: str = ''):  # what is to be seen, for whoever does not see it; empty: the title
     """Write a figure as `<chapter>/<name>.png` into the run, with its title and alternative text inside: pictures at
@@ -185,7 +192,7 @@ def save_figure(cfg: Config, chapter: str, name: str, fig,
     for key, text in told.items(): inside.add_itxt(key, text)
     with replacing(cfg.folder/chapter/f'{name}.png') as tmp:
         fig.savefig(tmp, dpi=200 if pictures else 'figure', **whole)
-        with Image.open(tmp) as drawn: few = drawn.convert('RGB').quantize(256, dither=Image.Dither.NONE)
+        with Image.open(tmp) as drawn: few = few_colours(drawn)
         few.save(tmp, 'PNG', optimize=True, pnginfo=inside)
     if pictures: return
     with replacing(cfg.folder/chapter/f'{name}.svg') as tmp, mpl.rc_context({'svg.hashsalt': 'dinocls'}):

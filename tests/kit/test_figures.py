@@ -100,3 +100,15 @@ def test_nothing_is_cut_off_at_the_edge_of_a_figure(cfg):
     figures.save_figure(cfg, '05_phase1', 'wide', fig)
     plt.close(fig)
     with Image.open(cfg.folder/'05_phase1'/'wide.png') as png: assert png.width > 400
+
+
+def test_few_colours_keep_what_is_rare():
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.integers(100, 140, (200, 200, 1)), 3, 2) + rng.integers(0, 12, (200, 200, 3))  # greys, nearly
+    x[:4, :4] = (255, 0, 0)
+    x[4:8, :4] = (0, 255, 0)
+    few = figures.few_colours(Image.fromarray(x.astype(np.uint8)))
+    assert len(few.getcolors()) <= 256
+    off = np.abs(np.asarray(few.convert('RGB')).astype(int) - x).max(2)
+    assert off[:8, :4].max() <= 8 and off.max() <= 24
