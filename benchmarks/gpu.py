@@ -116,6 +116,7 @@ def prepare(args):
     for command, folder, minutes in commands(len(folders)):
         size = checkout + sum(f.stat().st_size for f in (stock/str(folder)).glob('*'))
         print(f'with {f"{STOCK}/{folder}" if folder else "nothing"} ({size / MIB:.1f} MiB in all):  '
+              f'DINOCLS_COMMIT={machine.git_commit()} '
               f'python3 benchmarks/gpu.py {command} --minutes {minutes:.3g} --out "$OUT"')
     print('$OUT is the folder that comes home. The minutes add up to 15 with the start and the transfers; for the last two, '
           '--left SECONDS of the 15 minutes, where it is known, is better than --minutes.')
@@ -501,7 +502,7 @@ def pack(out: Path):
     runs = [f.parent for f in OUT.glob('cifar-*/run.json')]
     parcel = [f for name in ('speed', 'plan', 'weights') for f in (OUT/name).glob('*')]
     record = [f for run in runs for f in run.rglob('*') if f.is_file() and f.relative_to(run).parts[0] not in LEFT_OUT
-              and not f.name.startswith('.')]
+              and f.suffix != '.svg' and not f.name.startswith('.')]
     for f in record:
         if f.stat().st_size > LARGEST: say(f'{f.relative_to(OUT)} is left out: {f.stat().st_size / 1e6:.1f} MB')
     parcel += [*(f for f in record if f.stat().st_size <= LARGEST),

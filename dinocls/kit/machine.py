@@ -41,13 +41,14 @@ def version() -> str:
 
 @functools.lru_cache  # the code that this process runs; a study asks hundreds of times
 def git_commit() -> str:
-    "Return the commit of the checkout, with `+` if there are changes; empty outside git."
+    "Return the commit of the checkout, with `+` if there are changes; outside git $DINOCLS_COMMIT."
     def git(*args): return subprocess.run(['git', *args], cwd=root(), capture_output=True, text=True, timeout=10)
+    told = os.environ.get('DINOCLS_COMMIT', '')
     try:
         head = git('rev-parse', '--short=12', 'HEAD')
         changed = git('status', '--porcelain', '--untracked-files=no', '--', 'nbs', 'dinocls', 'settings.ini').stdout
-        return head.stdout.strip() + ('+' if changed.strip() else '') if head.returncode == 0 else ''
-    except (OSError, subprocess.SubprocessError): return ''
+        return head.stdout.strip() + ('+' if changed.strip() else '') if head.returncode == 0 else told
+    except (OSError, subprocess.SubprocessError): return told
 
 
 def install(extra: str) -> str:  # a name of settings.ini, as lora of `lora_requirements`
