@@ -46,7 +46,7 @@ CHAPTERS = ('5-8,10,12', '14', '9,11,0-4,13,A1', '14')  # one group after the ot
 AHEAD = ('siblings', 'direct_logits', 'look_alikes')  # stages begun beside the chapters that will ask for them
 # of the metrics
 SHOWN = ('accuracy', 'member_accuracy', 'probabilities_accuracy', 'knn:frozen', 'linear:frozen', 'mean_corruption')
-TRAININGS = 8  # of phase 2's length, in the first group
+TRAININGS = 4  # of phase 2's length, in the first group: more, but several share the GPU
 PLATFORMS = [f'manylinux{p}_x86_64' for p in ('_2_28', '_2_27', '_2_17', '2014', '1')]
 LARGE = {'model': 'dinov2_vitb14', 'side': 224, 'squares': (4096, 8192, 16384), 'sizes': (64, 256, 1024),
          'presets': {'reference': 64, 'best': 256}, 'lead': 2, 'steps': 6, 'rounds': 2, 'seconds': 0.5, 'timed': 16,
@@ -215,14 +215,14 @@ def check(size) -> dict:
                              *(f'{k}: {v["rate"]:,.0f} images/s.' for k, v in found.items())]}
 
 
-def epochs(size) -> dict:  # field → seconds of an epoch on the training split, and those before it is at speed
-    "Time epochs of pre-training and of phase 2 on some random images."
+def epochs(size, fields=('pretrain_epochs', 'phase2_epochs'), **more) -> dict:
+    "Time epochs of trainings on random images: field → seconds of an epoch on the training split and before it is at speed."
     import torch
     from dinocls.model import classifier, device
     from dinocls.pretrain import self_supervise
     from recipe import step_flops
     from dinocls.train import fit
-    cfg, found = config.preset('cifar', **size['cifar'], weights='random'), {}
+    cfg, found = config.preset('cifar', **size['cifar'] | more | {'weights': 'random'}), {}
     quick = stage.variant(cfg, pretrain_epochs=4, compile=size['compile'])
     where, trained = device(cfg), cfg.train_size or TRAINED
     def timed(name, batch, training):
@@ -238,10 +238,11 @@ def epochs(size) -> dict:  # field → seconds of an epoch on the training split
         fit(classifier(cfg, 10), (images, y), (x[:n], y[:n].to(where)), cfg, epochs=3, lr_backbone=cfg.lr_backbone,
             lr_head=cfg.lr_head,
             folder=tmp, on_epoch=on_epoch)
-    timed('pretrain_epochs', cfg.pretrain_batch,
-          lambda x, tmp, on_epoch: self_supervise(x, quick, tmp, on_epoch=on_epoch))
-    timed('phase2_epochs', cfg.batch_size, phase2)
-    found['pretrain_epochs']['gflop'] = step_flops(cfg) / 1e9  # of an image
+    if 'pretrain_epochs' in fields:
+        timed('pretrain_epochs', cfg.pretrain_batch,
+              lambda x, tmp, on_epoch: self_supervise(x, quick, tmp, on_epoch=on_epoch))
+        found['pretrain_epochs']['gflop'] = step_flops(cfg) / 1e9  # of an image
+    if 'phase2_epochs' in fields: timed('phase2_epochs', cfg.batch_size, phase2)
     return found
 
 
@@ -384,11 +385,10 @@ def restore(args):
 
 
 def fitting(args, field: str, left: float, trainings: float = 1) -> int:
-    "Return how many epochs fit into some seconds, by the speed that was measured on this machine or is measured now."
-    import torch  # noqa: F401  else the hardware would lack the GPU
-    size, known = TINY if args.tiny else LARGE, result('check')
-    if known.get('hardware') != machine.hardware(): known = epochs(size)
-    plan = known[field]
+    "Return how many epochs fit into some seconds and what measuring their speed leaves of them."
+    clock, size = time.monotonic(), TINY if args.tiny else LARGE
+    plan = epochs(size, [field], **config.parse_overrides(' '.join(args.set)))[field]
+    left -= time.monotonic() - clock
     # what was compiled once comes out of a cache: half of the seconds before the first epoch at speed
     n = max(1, min(size['most'][field], int((left - plan['first'] / 2) / trainings / plan['epoch'])))
     print(f'{field}={n}: {plan["epoch"]:.2f} s each, and {plan["first"]:.0f} s', flush=True)

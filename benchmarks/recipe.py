@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault('TIMM_FUSED_ATTN', '0')  # before timm is imported
+if __name__ == '__main__': os.environ.setdefault('TIMM_FUSED_ATTN', '0')  # before timm is imported
 
 import torch
 
