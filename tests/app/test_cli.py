@@ -156,8 +156,8 @@ def test_a_run_of_another_version_or_configuration_is_left_alone(tmp_path, in_pr
     assert (tmp_path/'run.json').read_text() == record and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_cannot_begin_is_refused_before_it_begins(tmp_path, in_process):
-    if fetch.shipped('book-cifar').is_file(): pytest.skip('book-cifar is shipped, so preset laptop can run')
+def test_what_cannot_begin_is_refused_before_it_begins(tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr(fetch, 'shipped', lambda backbone: tmp_path/f'{backbone}.safetensors')  # that are not there
     result = in_process('run', '-p', 'laptop', '--out', tmp_path/'run')
     refused(result, 'No weights of book-cifar', 'dinocls publish --preset cifar')
     assert not (tmp_path/'run').exists()
