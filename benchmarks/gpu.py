@@ -29,7 +29,22 @@ from pathlib import Path
 import numpy as np
 
 ROOT, MIB = Path(__file__).resolve().parents[1], 2**20
-sys.path.insert(0, str(ROOT))
+
+
+def site() -> Path:
+    "Return the folder where carried wheels are installed, at the first command that brings them: the package needs some."
+    named = [b for a, b in zip(sys.argv, sys.argv[1:]) if a == '--work']
+    folder = Path(named[-1] if named else Path(tempfile.gettempdir())/'dinocls-gpu').expanduser().absolute()/'site'
+    wheels = sorted(ROOT.glob('.gpu/[0-9]*/*.whl'))
+    if wheels and not folder.exists() and sys.argv[1:2] != ['prepare']:
+        subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--no-compile',
+                        '--no-cache-dir', '--target', f'{folder}.partial', *wheels], check=True)
+        Path(f'{folder}.partial').rename(folder)
+    return folder
+
+
+SITE = site()
+sys.path[:0] = [str(ROOT), *[str(SITE)] * SITE.exists()]
 from dinocls.kit import config, fetch, files, machine, stage
 from dinocls.kit.files import UserError
 
@@ -125,24 +140,19 @@ def prepare(args):
 # There: each command goes on in a copy of the checkout
 def settle(args, until: float):
     "Put what was carried aside, and start the command again where wheels, data and results stay from one to the next."
-    parts, book, site = (args.work/name for name in ('parts', 'book', 'site'))
+    parts, book = args.work/'parts', args.work/'book'
     for folder in [*(ROOT/STOCK).glob('[0-9]*'), *filter(None, [args.resume])]:
         shutil.copytree(folder, parts, dirs_exist_ok=True)
     left = lambda _, names: [n for n in names if n.startswith('.') or n in ('outputs', '__pycache__')]
     shutil.copytree(ROOT, book, ignore=left, dirs_exist_ok=True)
     (book/'outputs').mkdir(exist_ok=True)
-    if (wheels := sorted(parts.glob('*.whl'))) and not site.exists():
-        subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--no-compile',
-                        '--no-cache-dir',
-                        '--target', f'{site}.partial', *wheels], check=True)
-        Path(f'{site}.partial').rename(site)
     pieces = sorted(parts.glob('home-*.tgz'))
     if pieces and len(pieces) == int(pieces[0].stem.rpartition('-')[2]) and not (args.work/'resumed').exists():
         subprocess.run(['sh', '-c', 'cat "$0"/home-*.tgz | tar xzf - -C "$1"', parts, book/'outputs'], check=True)
         (args.work/'resumed').touch()
     path = lambda name, *first: os.pathsep.join(filter(None, [*map(str, first), os.environ.get(name)]))
-    environment = {'PYTHONPATH': path('PYTHONPATH', book, site),
-                   'JUPYTER_PATH': path('JUPYTER_PATH', site/'share'/'jupyter'),
+    environment = {'PYTHONPATH': path('PYTHONPATH', book, SITE),
+                   'JUPYTER_PATH': path('JUPYTER_PATH', SITE/'share'/'jupyter'),
                    'DINOCLS_DATA': str(args.work/'data'), 'DINOCLS_HOME': str(book), 'PYTHONUNBUFFERED': '1',
                    'PYTHONWARNINGS': 'ignore',
                    'TORCHINDUCTOR_CACHE_DIR': str(args.work/'compiled')}
@@ -456,7 +466,7 @@ def chosen(args, run: Path, left: float):
     record, fields = OUT/'weights'/'book-cifar.json', {*config.PretrainConfig.__dataclass_fields__,
                                                        *config.ViewConfig.__dataclass_fields__}
     made = {k: v for k, v in files.read_json(record)['config'].items()
-            if k in fields} if record.exists() else {'weights': 'random'}
+            if k in fields} if record.exists() else {}  # else the weights that are shipped
     for f in (record, record.with_suffix('.safetensors')) if record.exists() else ():
         shutil.copyfile(f, fetch.shipped('book-cifar').with_suffix(f.suffix))
     had = files.read_json(run/'run.json')['config'] if (run/'run.json').exists() else {}
