@@ -224,6 +224,8 @@ class Run:
         for c in reversed(self.book):  # the seconds of the longest chain that begins with it
             after = (self.urgency[d.name] for d in self.book if c.name in d.reads)
             self.urgency[c.name] = c.cost.get(cfg.preset, 5) + max(after, default=0)
+        self.before = {}  # chapter → all chapters that it needs
+        for c in self.book: self.before[c.name] = {*c.reads}.union(*(self.before[name] for name in c.reads))
 
     def go(self) -> bool:
         "Execute everything; return whether all went well."
@@ -258,11 +260,18 @@ class Run:
             shutil.rmtree(self.cfg.folder/c.name, ignore_errors=True)
             return {'status': 'skipped'}
         if 'done' not in before and self.is_current(c, stored): return {'status': 'current'}
-        record = job.run(max(1, cores() // (1 if c.alone else self.width)))
+        record = job.run(self.threads(c))
         if record['status'] == 'done':
             made = {'digest': chapter_digest(c, self.book, self.cfg), 'files': outputs(c, self.cfg)}
             write_json(stored, record | made, sealed=True)
         return record
+
+    def threads(self, chapter: Chapter) -> int:
+        "Return a chapter's share of the cores: all of them where what could run beside it would be done before it is."
+        def unrelated(name): return name not in self.before[chapter.name] and chapter.name not in self.before[name]
+        costs = {name: job.chapter.cost.get(self.cfg.preset, 5) for name, job in self.jobs.items() if unrelated(name)}
+        most = sum(costs.values()) - costs[chapter.name] < costs[chapter.name]
+        return max(1, cores() // (1 if chapter.alone or most else self.width))
 
     def is_current(self, chapter: Chapter, stored: Path) -> bool:
         "Tell whether a chapter would come out the same, and all that it wrote is there as it was written."

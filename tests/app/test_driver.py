@@ -66,6 +66,14 @@ def test_what_has_the_longest_way_to_go_is_most_urgent():
     assert urgency['05_phase1'] > urgency['06_phase2'] > urgency['14_report']
 
 
+def test_a_chapter_that_would_run_alone_has_all_cores(monkeypatch):
+    monkeypatch.setattr(driver, 'cores', lambda: 8)
+    monkeypatch.setattr(driver, 'jobs', lambda cfg: 4)
+    run = driver.Run(preset('laptop'), CHAPTERS)
+    threads = {c.name: run.threads(c) for c in CHAPTERS}
+    assert threads['06_phase2'] == 8 > threads['09_ablation'] == threads['A1_pretrain'] == 2  # all else waits for it
+
+
 @pytest.mark.parametrize('seconds, text', [(45, '45 s'), (200, '3 min 20 s'), (7500, '2 h 5 min')])
 def test_durations_are_written_for_people(seconds, text): assert driver.duration(seconds) == text
 
