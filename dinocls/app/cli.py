@@ -17,7 +17,7 @@ from ..kit.files import UserError, as_os_error, expand, nearest, reason, replaci
 from ..kit.machine import hardware, rank, version, versions
 from ..kit.stage import open_run
 from .driver import chapters, duration, jobs, run_book, short, stages
-from .site import RECORD, generated
+from .site import RECORD, generated, repositories
 from .website import build_site
 
 
@@ -362,7 +362,9 @@ def _weights_at_hand(cfg: Config) -> str:
 def sync(check: Annotated[bool, Option(
         '--check', help='change nothing; exit with 1 if something would change')] = False):
     "Bring badges, Colab cells and generated blocks of README and docs up to date with settings and committed run."
-    stale = {p: text for p, text in generated(chapters()).items() if p.read_text(encoding='utf-8') != text}
+    texts = [generated(chapters(), repo) for repo in repositories()]
+    def good(path): return {t[path] for t in (texts if check else texts[:1])}  # a fresh clone need not be its owner's
+    stale = {p: text for p, text in texts[0].items() if p.read_text(encoding='utf-8') not in good(p)}
     for path, text in stale.items():
         print(f'{short(path)} {"is out of date: run dinocls sync" if check else "brought up to date"}')
         if not check:

@@ -1,6 +1,7 @@
 "What follows from the chapters and their execution: a run's pages, badges, Colab cells, the generated blocks of texts."
 import json
 import re
+import subprocess
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ..kit.figures import read_findings
 from ..kit.files import UserError, read_json, reason, replacing
 
 RECORD = 'outputs/record-quick'  # run of preset quick that is committed: the README's numbers are its
+NOBODY = 'dinocls'  # the user whom settings.ini names until the book has an owner
 
 
 def read_notebook(path: Path) -> dict:
@@ -55,28 +57,38 @@ a {{ color: #0072b2; font-weight: 600; text-decoration: none }} span {{ color: #
 '''
 
 
-def colab_cells(name: str) -> tuple[str, str]:
-    "Return the badge and the installing cell of a chapter, as settings.ini determines them."
+def repositories() -> list[dict]:  # user, repo, branch
+    "Return where badges may lead: to origin on GitHub, while settings.ini names nobody, and to what that says."
     config = ConfigParser(delimiters=['='])
     config.read(root()/'settings.ini', encoding='utf-8')
-    s, colab = config['DEFAULT'], 'https://colab.research.google.com'
-    return (f'[![Open in Colab]({colab}/assets/colab-badge.svg)]'
-            f'({colab}/github/{s["user"]}/{s["repo"]}/blob/{s["branch"]}/nbs/{name}.ipynb)',
+    told = {name: config['DEFAULT'][name] for name in ('user', 'repo', 'branch')}
+    def git(*args): return subprocess.run(['git', *args], cwd=root(), capture_output=True, text=True).stdout.strip()
+    try: url, head = git('remote', 'get-url', 'origin'), git('rev-parse', '--abbrev-ref', 'origin/HEAD')
+    except OSError: return [told]
+    found = re.search(r'github\.com[:/]([\w.-]+)/([\w.-]+?)(?:\.git)?/?$', url)
+    if told['user'] != NOBODY or not found: return [told]
+    branch = head.removeprefix('origin/') if head.startswith('origin/') and head != 'origin/HEAD' else told['branch']
+    return [{'user': found[1], 'repo': found[2], 'branch': branch}, told]
+
+
+def colab_link(name: str, repo: dict) -> str:
+    "Return the address at which Colab opens a chapter."
+    return 'https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/'.format(**repo) + f'{name}.ipynb'
+
+
+def colab_cells(name: str, repo: dict) -> tuple[str, str]:
+    "Return the badge and the installing cell of a chapter."
+    return (f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab_link(name, repo)})',
             "# In Colab, install the book's library; elsewhere this does nothing.\n"
             "if 'google.colab' in str(get_ipython()):\n"
-            f'    %pip install -q "dinocls[book] @ git+{s["git_url"]}@{s["branch"]}"\n'
+            '    %pip install -q "dinocls[book] @ git+https://github.com/{user}/{repo}@{branch}"\n'.format(**repo) +
             '    import dinocls  # noqa: F401, what could not be installed is told here')
 
 
-def colab_link(name: str) -> str:
-    "Return the address at which Colab opens a chapter."
-    return re.search(r'\]\((\S+)\)$', colab_cells(name)[0])[1]
-
-
-def as_source(path: Path) -> str:
+def as_source(path: Path, repo: dict) -> str:
     "Return a notebook's text as it is committed: without outputs, its badge and installing cell up to date."
     nb = read_notebook(path)
-    badge, install = colab_cells(path.stem)
+    badge, install = colab_cells(path.stem, repo)
     for cell in nb['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'code': cell |= {'outputs': [], 'execution_count': None}
@@ -100,7 +112,7 @@ def of_which_commit(folder: Path, book: list) -> str:  # run folder; chapters
     return f'It is of commit `{commit}`; chapters whose code has changed since: {", ".join(other)}.'
 
 
-def chapter_table(book: list, found: dict) -> str:  # chapters; name → findings
+def chapter_table(book: list, found: dict, repo: dict) -> str:  # chapters; name → findings
     "Return the README's table of chapters, each with its key figure, linked to its executed copy in the record."
     rows = []
     for c in book:
@@ -108,7 +120,7 @@ def chapter_table(book: list, found: dict) -> str:  # chapters; name → finding
         alt = told.get('alt', '').replace('|', ', ').replace('"', '')
         picture = told.get('figure') and f'<img src="{RECORD}/{c.name}/{told["figure"]}.png" width="180" alt="{alt}">'
         rows.append(f'| {picture or ""} | **[{c.name.partition("_")[0]} {c.title}]({page})**<br>{c.claim} | '
-                    f'[source](nbs/{c.name}.ipynb)<br>[Colab]({colab_link(c.name)}) |')
+                    f'[source](nbs/{c.name}.ipynb)<br>[Colab]({colab_link(c.name, repo)}) |')
     return '\n'.join(['| | chapter | |', '|---|---|---|', *rows])
 
 
@@ -128,14 +140,14 @@ def preset_table() -> str:
     return '\n'.join(['| preset | for | cost | result |', '|---|---|---|---|', *rows])
 
 
-def generated(book: list) -> dict:  # file → text
+def generated(book: list, repo: dict) -> dict:  # file → text
     "Return the notebooks, the README and the pages of docs as they should be."
     from ..report import fill_blocks, readme_blocks
     record = preset('quick', out=str(root()/RECORD))
     found, blocks = read_findings(record), readme_blocks(record)
-    blocks |= {'chapters': chapter_table(book, found), 'presets': preset_table(),
+    blocks |= {'chapters': chapter_table(book, found, repo), 'presets': preset_table(),
                'findings': findings_list(book, found, blocks['reported'].partition('\n')[0]),
                'record': of_which_commit(record.folder, book)}
     pages = root()/'README.md', *sorted((root()/'docs').glob('*.md'))
-    return {c.path: as_source(c.path) for c in book} | {
+    return {c.path: as_source(c.path, repo) for c in book} | {
         page: fill_blocks(page.read_text(encoding='utf-8'), blocks) for page in pages}

@@ -16,7 +16,7 @@ from ..kit.config import Config, preset, root
 from ..kit.figures import read_findings, read_metrics
 from ..kit.files import UserError, plain, read_json, replacing
 from ..kit.stage import PACKAGE, stored
-from .site import colab_link, read_notebook
+from .site import colab_link, read_notebook, repositories
 
 HERE = Path(__file__).parent
 
@@ -126,7 +126,7 @@ def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; boo
     """Return an executed chapter as a page: links and how it was executed below the title, directives and badges away,
     and each picture with the description that its file has, else with the sentence before it."""
     nb, drawn, said = read_notebook(run/f'{c.name}.ipynb'), figures(run, c.name), c.title
-    colab, source = colab_link(c.name), github(c.name)
+    colab, source = colab_link(c.name, repositories()[0]), github(c.name)
     for cell in nb['cells']:
         text, tags = ''.join(cell['source']), cell['metadata'].setdefault('tags', [])
         if cell['cell_type'] == 'markdown':
@@ -157,7 +157,7 @@ def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; boo
 
 def github(chapter: str) -> str:
     "Return the address of a chapter's source."
-    return colab_link(chapter).replace('colab.research.google.com/github', 'github.com')
+    return colab_link(chapter, repositories()[0]).replace('colab.research.google.com/github', 'github.com')
 
 
 def picture(path: str, alt: str, look: str = 'large') -> str:

@@ -2,7 +2,6 @@
 import json
 import re
 import subprocess
-from configparser import ConfigParser
 
 import pytest
 from conftest import ROOT, chapter
@@ -18,18 +17,29 @@ README = (ROOT/'README.md').read_text(encoding='utf-8')
 
 @pytest.mark.parametrize('c', BOOK, ids=lambda c: c.name)
 def test_a_notebook_is_as_it_is_committed(c):
-    badge, install = site.colab_cells(c.name)
     text = c.path.read_text(encoding='utf-8')
-    assert json.dumps(badge) in text and 'google.colab' in install and f'nbs/{c.name}.ipynb' in badge
-    assert site.as_source(c.path) == text
+    assert text in [site.as_source(c.path, repo) for repo in site.repositories()] and f'nbs/{c.name}.ipynb)' in text
 
 
 def test_badges_follow_from_settings():
-    config = ConfigParser(delimiters=['='])
-    config.read(ROOT/'settings.ini')
-    start = 'https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/'.format(**config['DEFAULT'])
-    targets = re.findall(re.escape(start) + r'([^)]+)', README)
-    assert len(targets) == len(BOOK) and all((ROOT/t).is_file() for t in targets)
+    links = re.findall(r'\[Colab\]\((.*?)\)', README)
+    assert links in [[site.colab_link(c.name, repo) for c in BOOK] for repo in site.repositories()]
+    start = 'https://colab.research.google.com/github/ann/cats/blob/trunk/'
+    assert site.colab_link('05_phase1', dict(user='ann', repo='cats', branch='trunk')) == f'{start}nbs/05_phase1.ipynb'
+
+
+@pytest.mark.parametrize('user, url, expected', [
+    ('dinocls', 'git@github.com:ann/cats.git', ['ann/cats', 'dinocls/dinocls']),
+    ('dinocls', 'https://github.com/ann/cats', ['ann/cats', 'dinocls/dinocls']),
+    ('dinocls', '/srv/cats', ['dinocls/dinocls']), ('bob', 'https://github.com/ann/cats', ['bob/dinocls'])])
+def test_badges_lead_to_the_checkouts_own_repository(tmp_path, monkeypatch, user, url, expected):
+    lines = '[DEFAULT]', 'lib_name = dinocls', f'user = {user}', 'repo = dinocls', 'branch = main'
+    (tmp_path/'settings.ini').write_text('\n'.join(lines))
+    for words in ('init -q', f'remote add origin {url}'):
+        subprocess.run(['git', *words.split()], cwd=tmp_path, check=True)
+    monkeypatch.setenv('DINOCLS_HOME', str(tmp_path))
+    found = site.repositories()
+    assert ['{user}/{repo}'.format(**repo) for repo in found] == expected and {r['branch'] for r in found} == {'main'}
 
 
 def test_outputs_and_foreign_badges_are_mended(book):
@@ -40,14 +50,15 @@ def test_outputs_and_foreign_badges_are_mended(book):
     nb['cells'][2] |= {'source': '# In Colab, install something else'}
     nb['cells'][3] |= {'outputs': [{'output_type': 'stream', 'name': 'stdout', 'text': '2'}], 'execution_count': 1}
     path.write_text(json.dumps(nb))
-    badge, install, code = (''.join(c['source']) for c in json.loads(site.as_source(path))['cells'][1:])
-    assert (badge, install) == site.colab_cells('01_first') and code == '1 + 1'
-    assert json.loads(site.as_source(path))['cells'][3]['outputs'] == []
+    repo = site.repositories()[0]
+    badge, install, code = (''.join(c['source']) for c in json.loads(site.as_source(path, repo))['cells'][1:])
+    assert (badge, install) == site.colab_cells('01_first', repo) and code == '1 + 1'
+    assert json.loads(site.as_source(path, repo))['cells'][3]['outputs'] == []
 
 
 def test_tables_list_all():
     found = {BOOK[0].name: {'figure': 'key', 'alt': 'A "bar" | two', 'answer': 'Yes.', 'claims': []}}
-    lines = site.chapter_table(BOOK, found).splitlines()[2:]
+    lines = site.chapter_table(BOOK, found, site.repositories()[0]).splitlines()[2:]
     assert all(f'{site.RECORD}/{c.name}.ipynb' in line for c, line in zip(BOOK, lines, strict=True))
     assert f'{BOOK[0].name}/key.png" width="180" alt="A bar ,  two"' in lines[0] and lines[0].count(' | ') == 2
     told = site.findings_list(BOOK, found, 'Run x.')
@@ -65,7 +76,7 @@ def test_readme_and_notebooks_are_up_to_date(in_process):
 def test_sync_mends_and_check_only_tells(tmp_path, monkeypatch, in_process):
     from dinocls.app import cli
     (tmp_path/'a.md').write_text('old')
-    monkeypatch.setattr(cli, 'generated', lambda book: {tmp_path/'a.md': 'new'})
+    monkeypatch.setattr(cli, 'generated', lambda book, repo: {tmp_path/'a.md': 'new'})
     told = in_process('sync', '--check')
     assert told.returncode == 1 and 'is out of date' in told.stdout and (tmp_path/'a.md').read_text() == 'old'
     assert in_process('sync').returncode == 0 and (tmp_path/'a.md').read_text() == 'new'
