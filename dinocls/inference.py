@@ -35,7 +35,7 @@ from .kit import config
 from .kit.config import Config, choices
 from .kit.datasets import loaded
 from .kit.engines import Subject, candidates, fastest, measure_sizes, processor, scaled, start_backend
-from .kit.files import UserError, digest, file_digest, plain, reason, write_json
+from .kit.files import UserError, digest, expand, file_digest, plain, reason, write_json
 from .kit.machine import cores, progress, version
 from .kit.pictures import as_png, to_pixels
 from .kit.stage import read_result, stage
@@ -200,7 +200,7 @@ def save_production(folder,  # made, or replaced if it holds an older model
                     calibration: dict | None = None,  # as `calibrate` returns it
                     examples: dict | None = None) -> Path:  # images uint8 (n, 3, h, w), labels, logits (n, classes)
     "Write a model as a production folder, whole or not at all. Raise `UserError` if `cfg` or `classes` do not fit."
-    folder = Path(folder).expanduser().absolute()
+    folder = expand(folder).absolute()
     native = native or loaded(cfg).images.shape[1:3]
     about = check_description(description(cfg, classes, metrics, native, source, calibration), 'The description')
     state = {k: t.detach().cpu().contiguous() for k, t in model.state_dict().items()}
@@ -224,7 +224,7 @@ def read_object(file: Path) -> dict:
 
 def read_production(folder) -> dict:
     "Check a production folder and return its description. Raise `UserError` if it is not whole, damaged or foreign."
-    folder, again = Path(folder).expanduser(), 'copy or save the folder again'
+    folder, again = expand(folder), 'copy or save the folder again'
     if not folder.is_dir():
         raise UserError(f'There is no production folder at {folder}: give the folder that holds {", ".join(FILES)}.')
     for name in FILES:
@@ -242,7 +242,7 @@ def read_production(folder) -> dict:
 
 def load_production(folder: Path) -> tuple[dict, Classifier]:
     "Return description and model of a production folder. Raise `UserError` as `read_production` and `rebuild` do."
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     about = read_production(folder)
     try: state = load_file(folder/FILES[0])
     except Exception as e:  # whatever a file that is not safetensors makes the reader raise
@@ -274,7 +274,7 @@ def load_trained(path: Path) -> tuple[dict, Classifier]:
 
 def load_model(path) -> tuple[dict, Classifier]:
     "Return description and model of a production folder, or of what a run keeps. Raise `UserError` for anything else."
-    path = Path(path).expanduser()
+    path = expand(path)
     of_run = path.suffix in ('.pt', '.safetensors') and path.is_file() or (path/'run.json').is_file()
     return load_trained(path) if of_run else load_production(path)
 
@@ -335,7 +335,7 @@ class ProductionModel:
         self.cfg = SimpleNamespace(device=device, **kept)
         self.device = find_device(self.cfg)
         self.model, self.precision = model.to(self.device), precision(self.cfg, self.device)
-        folder = Path(path).expanduser()
+        folder = expand(path)
         self.subject = as_subject(self.model, self.cfg, self.native, self.device, self.temperature, folder)
         auto = backend == 'auto'
         self.backend, self.run = fastest(self.subject) if auto else (backend, start_backend(self.subject, backend))

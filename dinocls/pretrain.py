@@ -28,7 +28,7 @@ from .augment import adjust_saturation, erase, flip, jitter, preprocess, random_
 from .data import batches, load_split, on_device, splits, unlabelled
 from .kit import config, fetch
 from .kit.datasets import loaded
-from .kit.files import UserError, replacing, write_json
+from .kit.files import UserError, expand, replacing, write_json
 from .kit.machine import install, progress
 from .kit.stage import stage, variant
 from .kit.training import Checkpointer, checkpoints, compiles, load_checkpoint
@@ -273,7 +273,7 @@ def watcher(cfg, largest: int = 5000):  # images in the bank
 def started_from(student: Student, file: str) -> Student:  # the field `pretrain_from`; empty: as it is
     "Load a file's backbone, and the rest as far as it is in there. Raise `UserError` if the backbone is another."
     if not file: return student
-    state, own = fetch.read_weights(Path(file).expanduser()), student.state_dict()
+    state, own = fetch.read_weights(expand(file)), student.state_dict()
     fit_weights(student.backbone, {k.removeprefix('backbone.'): v for k, v in state.items()
                                    if k.startswith('backbone.')} or state, file)
     rest = {k: v for k, v in state.items() if not k.startswith('backbone.') and k in own and v.shape == own[k].shape}

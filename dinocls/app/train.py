@@ -13,9 +13,10 @@ from ..kit.files import UserError, expand, read_json
 from .driver import short
 
 # On DINOv2's features a small head and the rates of preset best, because own pictures are few and the backbone is good;
-# the book's own backbone knows digits, and has to learn anew.
+# the book's own backbone knows small photographs of ten kinds, and has more to learn.
 _DINOV2 = dict(phase1_lr=1e-3, lr_backbone=1e-5, lr_head=1e-3, head_widths=(256,), head_dropout=(0.25,))
-_DIGITS = dict(backbone='book-digits', image_size=32, phase1_lr=1e-2, lr_backbone=1e-3, lr_head=1e-2)
+_OWN = dict(backbone='book-cifar', image_size=32, phase1_lr=1e-3, lr_backbone=1e-4, lr_head=1e-3, head_widths=(256,),
+            head_dropout=(0.25,))
 SIDES = 224, 154, 112  # pixels, multiples of DINOv2's patch
 STEPS = 400, 200  # of both phases, which small sets repeat their pictures for
 
@@ -28,8 +29,8 @@ def find_backbone(device) -> tuple[dict, str]:
     print(f'Looking for the weights of {name} …', flush=True)
     try: weights_file(name, hub=BACKBONES[name].timm)
     except UserError as e:
-        return _DIGITS, (f'{str(e).partition(": ")[0]}. Until they are there, the book\'s own small backbone learns '
-                         'from these pictures at 32 pixels; it has seen nothing but digits, so expect little.')
+        return _OWN, (f'{str(e).partition(": ")[0]}. Until they are there, the book\'s own small backbone sees these '
+                      'pictures at 32 pixels; it has seen nothing but CIFAR-10\'s photographs, so expect less.')
     return _DINOV2 | {'backbone': name}, f'The backbone is {name}, with its published weights.'
 
 
@@ -66,6 +67,12 @@ def divided(data: Dataset) -> dict:
     return {'val_size': own.get('val', part), 'test_size': 0 if 'test' in own else part}
 
 
+def learned_from(data: Dataset, cfg: Config) -> int:
+    "Return how many pictures are left to learn from; those in val/ and test/ are not taken from them."
+    taken = cfg.val_size * ('val' not in data.splits) + cfg.test_size * ('test' not in data.splits)
+    return len(data.splits['train']) - taken
+
+
 def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[Config, list]:
     "Choose how to learn from a folder's pictures; return the configuration, and sentences about it."
     from ..model import device
@@ -77,7 +84,11 @@ def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[C
     if (out/'run.json').is_file():
         before = read_json(out/'run.json').get('config') or {}
         chosen = {k: v for k, v in before.items() if k in FIELDS and k not in WHERE}
-        return configuration.preset('quick', **chosen | given), [f'What was begun in {short(out)} goes on.']
+        cfg = configuration.preset('quick', **chosen | given)
+        if learned_from(loaded(cfg), cfg) < len(loaded(cfg).classes):
+            raise UserError(f'{folder} holds fewer pictures than when {short(out)} was begun: name another folder with '
+                            '--out, or delete that one.')
+        return cfg, [f'What was begun in {short(out)} goes on, with the epochs that were chosen then.']
     where = device(asked := configuration.preset('quick', **given))
     model, told = ({}, f'The backbone is {given["backbone"]}.') if 'backbone' in given else find_backbone(where)
     fixed = asked.image_size if 'image_size' in given else model.get('image_size')
@@ -86,7 +97,7 @@ def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[C
         data = loaded(configuration.preset('quick', **chosen | given))
         chosen |= divided(data)
         cfg = configuration.preset('quick', **chosen | given)
-        train = len(data.splits['train']) - cfg.test_size - cfg.val_size * ('val' not in data.splits)
+        train = learned_from(data, cfg)
         chosen['batch_size'] = max(2, min(32, train))
         first, second, cost = fitting_epochs(train, cfg.val_size, chosen['batch_size'], seconds_per_image(cfg, where),
                                              60 * minutes)

@@ -302,7 +302,7 @@ _CIFAR = dict(dataset='cifar10', val_size=5000, test_size=0, backbone='book-cifa
               batch_size=512, phase1_epochs=10, phase1_lr=1e-3, phase2_epochs=60, lr_backbone=1e-3, lr_head=1e-3,
               members=3, study_size=5000, lr_pairs=((1e-2, 1e-2), (1e-4, 1e-2), (1e-3, 1e-3)),
               lr_grid=((1e-5, 1e-4, 1e-3, 1e-2), (1e-3, 1e-2)),
-              # see benchmarks/recipe.py, which did not try these together; the batch and its rate are for a GPU (gpu.py)
+              # see benchmarks/recipe.py, which did not try these together; batch and rate are for a GPU
               pretrain_method='simclr', pretrain_batch=1024, pretrain_lr=2e-3, view_hue=0.1, teacher_rise=False)
 _LAPTOP = _CIFAR | dict(train_size=2500, val_size=2500, batch_size=64, phase1_epochs=3, phase2_epochs=4,
                         lr_backbone=1e-4, members=2, at_once=2, study_size=500, study_seeds=2,

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dinocls.app import train
-from dinocls.kit import fetch
+from dinocls.kit import datasets, fetch
 from dinocls.kit.config import preset
 from dinocls.kit.datasets import load_dataset
 from dinocls.kit.files import UserError, write_json
@@ -92,13 +92,17 @@ def test_a_run_that_was_begun_goes_on_with_what_was_chosen(tmp_path):
     (out := tmp_path/'run').mkdir()
     chosen = {'phase1_epochs': 3, 'image_size': 32, 'val_size': 6, 'test_size': 6}
     write_json(out/'run.json', {'config': chosen}, sealed=True)
-    cfg, told = train.plan(pictures(tmp_path/'set', 10), 10, out, {'seed': '7'})
+    cfg, told = train.plan(root := pictures(tmp_path/'set', 10), 10, out, {'seed': '7'})
     assert {k: getattr(cfg, k) for k in chosen} == chosen and cfg.seed == 7 and 'goes on' in told[0]
+    for file in [f for f in root.rglob('*.png') if int(f.stem) > 3]: file.unlink()
+    datasets._loaded.cache_clear()  # as in a process of its own
+    with pytest.raises(UserError, match='set holds fewer pictures than when .* was begun'):
+        train.plan(root, 10, out, {})
 
 
 def test_without_the_published_weights_the_books_own_are_taken_and_it_is_said(alone):
     fields, told = train.find_backbone(type('Device', (), {'type': 'cpu'}))
-    assert fields['backbone'] == 'book-digits' and 'could not be downloaded' in told and 'expect little' in told
+    assert fields['backbone'] == 'book-cifar' and 'could not be downloaded' in told and 'expect less' in told
 
 
 @pytest.mark.slow
