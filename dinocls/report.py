@@ -23,7 +23,7 @@ REPORTED = """
 model | | 03_model dinov2_vitb14 | head parameters = 1449738 head_parameters;
   backbone parameters = 86580480 backbone_parameters; total parameters = 88030218 total_parameters
 headline | % | 06_phase2 test | accuracy = 99.40 accuracy; top-5 accuracy = 99.98 top5
-headline | | 06_phase2 test | weighted F1 = 0.9940 f1; ROC AUC = 0.9998 roc_auc
+headline | | 10_errors test | weighted F1 = 0.9940 f1; ROC AUC = 0.9998 roc_auc
 headline | % | 06_phase2 test | error rate = 0.60 error_rate
 headline | /s | 13_inference test | images per second = 49.6 images_per_second
 checkpoints | % | 05_phase1 val | after phase 1, val = 96.5…97.0 accuracy
