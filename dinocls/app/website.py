@@ -6,13 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
+from base64 import b64encode
 from html.parser import HTMLParser
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
 
+from PIL import Image
+
 from ..kit.config import Config, preset, root
+from ..kit.datasets import loaded
 from ..kit.figures import read_findings, read_metrics
 from ..kit.files import UserError, plain, read_json, replacing
 from ..kit.stage import PACKAGE, stored
@@ -233,28 +238,47 @@ def record_page(cfg: Config, book: list, record: dict) -> str:
                       '| with | which |', '|---|---|', *(f'| {k} | {v} |' for k, v in facts.items())])
 
 
-def stored_answers(cfg: Config) -> dict:
-    "Return what the fine-tuned model answered to test images, if the run holds it: the newest that it would take."
-    for result in stored(cfg.folder, 'phase2_logits'):
+def held(cfg: Config, name: str):
+    "Return the newest result of a stage that the run would take; None: it holds none."
+    for result in stored(cfg.folder, name):
         other = any(plain(getattr(cfg, f, None)) != v for f, v in result.record['fields'].items())
-        if other or result.damage(): continue
-        logits, labels = result['test_logits'], result['test_labels']
-        some = slice(None, None, 1 + logits.size // 20_000)  # else the file would be large
-        below = 100 * (logits.max(1, keepdims=True) - logits)  # hundredths below the likeliest class
-        return {'labels': labels[some].tolist(), 'below': below[some].round().astype(int).tolist()}
-    return {}
+        if not other and not result.damage(): return result
+
+
+def stored_answers(cfg: Config) -> dict:
+    "Return what the fine-tuned model answered to test images, if the run holds it."
+    if not (result := held(cfg, 'phase2_logits')): return {}
+    logits, labels = result['test_logits'], result['test_labels']
+    some = slice(None, None, 1 + logits.size // 20_000)  # else the file would be large
+    below = 100 * (logits.max(1, keepdims=True) - logits)  # hundredths below the likeliest class
+    return {'labels': labels[some].tolist(), 'below': below[some].round().astype(int).tolist()}
+
+
+def stored_attention(cfg: Config, most: int = 6) -> dict:  # pictures
+    "Return test pictures and what share of its attention each head gives to each patch, if the run holds it."
+    made, found = held(cfg, 'splits'), held(cfg, 'attention')
+    if not made or not found: return {}
+    data, (n, *_) = loaded(cfg), found['sample'].shape
+    some = range(0, n, 1 + (n - 1) // most)
+    looks = []
+    for i, image in zip(some, data.images[made['test'][found['sample'][some]]]):
+        Image.fromarray(image).save(file := BytesIO(), 'png')
+        maps = (1e4 * found['maps'][i, -1]).round().astype(int)  # of the last block (heads, rows, columns)
+        looks.append({'name': data.classes[found['label'][found['sample'][i]]], 'maps': maps.tolist(),
+                      'picture': f'data:image/png;base64,{b64encode(file.getvalue()).decode()}'})
+    return {'looks': looks}
 
 
 def write_beside(cfg: Config):
     "Put beside executed chapters what they link to, and the answers, for a site that is built without the stages."
     if (glossary := root()/'nbs'/'glossary.md').is_file():
         with replacing(cfg.folder/'glossary.md') as tmp: shutil.copy(glossary, tmp)
-    if found := stored_answers(cfg):
+    if found := stored_answers(cfg) | stored_attention(cfg):
         with replacing(cfg.folder/'play.json') as tmp: tmp.write_text(json.dumps(found) + '\n', encoding='utf-8')
 
 
 def play_data(cfg: Config) -> dict:
-    "Return what the page that plays needs: answers and their temperature, accuracies under corruptions."
+    "Return what the page that plays needs: answers and their temperature, accuracies under corruptions, attention."
     rows, answers = read_metrics(cfg), cfg.folder/'play.json'
     found = {'temperature': next((r['value'] for r in rows if r['metric'] == 'temperature'), 1), 'corruptions': {},
              'clean': next((r['value'] for r in rows if r['metric'] == 'clean'), None)}
@@ -262,13 +286,14 @@ def play_data(cfg: Config) -> dict:
         if r['metric'].startswith('corruption:') and isinstance(r['severity'], int):
             place = found['corruptions'].setdefault(r['metric'][11:].replace('_', ' '), [])
             place.append([round(r[k], 4) for k in ('value', 'low', 'high')])
-    return found | (stored_answers(cfg) or (read_json(answers) if answers.is_file() else {}))
+    return found | (stored_answers(cfg) | stored_attention(cfg) or (read_json(answers) if answers.is_file() else {}))
 
 
 PLAY = {  # what can be moved → its heading, chapter and figure that stand for it where no script runs
     'threshold': ('When should it rather not answer?', '10_errors', 'coverage'),
     'temperature': ('How sure may it say it is?', '10_errors', 'reliability'),
-    'corruption': ('How much of a bad picture does it bear?', '12_robustness', 'severity')}
+    'corruption': ('How much of a bad picture does it bear?', '12_robustness', 'severity'),
+    'head': ('Where does each head look?', '11_attention', 'heads')}
 
 
 def play_page(run: Path) -> str:

@@ -3,7 +3,9 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64decode
 from importlib.util import find_spec
+from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ from dinocls.app import website
 from dinocls.app.driver import chapters
 from dinocls.app.site import RECORD
 from dinocls.kit.config import preset
+from dinocls.kit.datasets import loaded
 from dinocls.kit.files import write_json
 
 GLOSSARY = (ROOT/'nbs'/'glossary.md').read_text(encoding='utf-8')
@@ -126,7 +129,8 @@ def test_the_reference_is_what_stands_in_the_file(tmp_path):
 def test_a_run_keeps_its_answers_and_the_glossary_beside_the_chapters(run, monkeypatch):
     cfg = preset('quick', seed=7, out=str(run))
     rng = np.random.default_rng(0)
-    arrays = {'test_logits': rng.normal(0, 3, (50, 4)), 'test_labels': np.arange(50) % 4}
+    arrays = {'test_logits': rng.normal(0, 3, (50, 4)), 'test_labels': np.arange(50) % 4, 'test': np.arange(50, 100),
+              'sample': np.array([0, 3]), 'label': np.arange(50) % 4, 'maps': np.full((2, 1, 2, 2, 2), 0.25)}
     class Made(dict):
         def __init__(self, seed, damage=''):
             super().__init__(arrays)
@@ -137,6 +141,10 @@ def test_a_run_keeps_its_answers_and_the_glossary_beside_the_chapters(run, monke
     assert (run/'glossary.md').read_text().startswith('# Glossary') and kept['labels'][:5] == [0, 1, 2, 3, 0]
     below = np.array(kept['below'])
     assert (below.min(1) == 0).all() and (below.argmin(1) == arrays['test_logits'].argmax(1)).all()
+    first, second = kept['looks']
+    assert first['maps'] == [[[2500, 2500], [2500, 2500]]] * 2 and (first['name'], second['name']) == ('0', '3')
+    picture = Image.open(BytesIO(b64decode(second['picture'].partition(',')[2])))
+    assert (np.asarray(picture) == loaded(cfg).images[53]).all()
     monkeypatch.setattr(website, 'stored', lambda folder, name: [])
     rows = [{'metric': 'temperature', 'value': 0.5}, {'metric': 'clean', 'value': 0.9},
             {'metric': 'corruption:gaussian_noise', 'value': 0.8, 'low': 0.7, 'high': 0.85, 'severity': 1},
@@ -200,7 +208,8 @@ def test_the_playing_figures_tell_what_python_tells(tmp_path):
     logits, labels = rng.normal(0, 3, (200, 5)), rng.integers(0, 5, 200)
     below = (100 * (logits.max(1, keepdims=True) - logits)).round().astype(int)
     run = {'temperature': 2.0, 'clean': 0.9, 'labels': labels.tolist(), 'below': below.tolist(),
-           'corruptions': {'fog': [[0.8, 0.7, 0.9], [0.6, 0.5, 0.7]]}}
+           'corruptions': {'fog': [[0.8, 0.7, 0.9], [0.6, 0.5, 0.7]]},
+           'looks': [{'name': 'cat', 'picture': 'data:,', 'maps': [[[1000, 2000], [6000, 1000]], [[2500] * 2] * 2]}]}
     code = (ROOT/'dinocls'/'app'/'web'/'play.js').read_text()
     (tmp_path/'all.mjs').write_text(f'{PAGE}window.RUN = {json.dumps(run)}\n{code}\nconsole.log(JSON.stringify(said))')
     done = subprocess.run(['node', tmp_path/'all.mjs'], capture_output=True, text=True)
@@ -215,13 +224,14 @@ def test_the_playing_figures_tell_what_python_tells(tmp_path):
     loss = -np.log((q / q.sum(1, keepdims=True))[np.arange(200), labels]).mean()
     assert f'loss {loss:.3f} nats. Right are {100 * right.mean():.1f} %' in said['temperature']
     assert said['corruption'] == ('fog, severity 2: 60.0 % right (95 % interval 50.0 % to 70.0 %), 90.0 % when clean.')
+    assert said['head'] == 'Head 1 of 2, cat: a quarter of the patches get 60.0 % of the attention.'
 
 
-PAGE = '''const said = {}, values = { threshold: .9, temperature: 0, corruption: 2 }
+PAGE = '''const said = {}, values = { threshold: .9, temperature: 0, corruption: 2, head: 1 }
 globalThis.window = globalThis
 globalThis.addEventListener = () => {}
 const box = id => ({ clientWidth: 640, addEventListener() {}, innerHTML: '', querySelector: what => ({
-  select: { value: 'fog' }, input: { value: values[id] }, output: { set textContent(text) { said[id] = text } },
-  '.plane': {} })[what] })
+  select: { value: id == 'head' ? 0 : 'fog' }, input: { value: values[id] },
+  output: { set textContent(text) { said[id] = text } }, '.plane': {} })[what] })
 globalThis.document = { getElementById: box, querySelector: () => ({ addEventListener() {}, remove() {} }) }
 '''

@@ -123,3 +123,23 @@ if (names.length) {
       + `${percent(RUN.clean)} when clean.`
   })
 }
+
+if (RUN.looks?.length) {
+  const heads = RUN.looks[0].maps.length
+  const options = RUN.looks.map((look, i) => `<option value="${i}">${look.name}</option>`).join('')
+  figure('head', `<label>A test picture of <select>${options}</select></label>`
+    + slider('head', 'head of the last block (0: the mean of all)', 0, heads, 1, 1), box => {
+    const look = RUN.looks[+box.querySelector('select').value], at = +box.querySelector('input').value
+    const chosen = at ? [look.maps[at - 1]] : look.maps
+    const map = chosen[0].map((row, r) => row.map((_, c) => sum(chosen.map(m => m[r][c])) / chosen.length / 1e4))
+    const flat = map.flat(), top = Math.max(...flat), rows = map.length, columns = map[0].length
+    const quarter = sum(flat.sort((a, b) => b - a).slice(0, Math.ceil(flat.length / 4)))
+    const patches = map.flatMap((row, r) => row.map((v, c) =>
+      `<rect x="${c}" y="${r}" width="1" height="1" fill="#000" fill-opacity="${(.8 * (1 - v / top)).toFixed(2)}"/>`))
+    box.querySelector('.plane').innerHTML = `<svg viewBox="0 0 ${columns} ${rows}" style="max-width:22rem" role="img"
+      aria-label="${look.name}, darkened where the head does not look"><image href="${look.picture}" width="${columns}"
+      height="${rows}" style="image-rendering:pixelated"/>${patches.join('')}</svg>`
+    return `${at ? `Head ${at} of ${heads}` : `The mean of ${heads} heads`}, ${look.name}: a quarter of the patches get `
+      + `${percent(quarter)} of the attention.`
+  })
+}
