@@ -27,7 +27,7 @@ def script(name):
 
 
 sys.path.insert(0, str(ROOT/'benchmarks'))  # as for a script
-train, faults, gpu = (script(name) for name in ('train', 'faults', 'gpu'))
+train, faults, gpu, scale = (script(name) for name in ('train', 'faults', 'gpu', 'scale'))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the loops of others would go to the GPU')
@@ -232,3 +232,9 @@ def test_photographs_are_jpegs_of_many_sizes():
     from dinocls.kit.pictures import decode
     sizes = {decode(file).size for file in script('inference').photographs(6)}
     assert len(sizes) == 6 and all(256 <= s < 428 for size in sizes for s in size)
+
+
+def test_the_page_about_scale_follows_from_what_was_measured():
+    assert (ROOT/'docs'/'scaling.md').read_text(encoding='utf-8') == scale.page(3)
+    assert [scale.time(s) for s in (2.53, 64.8, 86_400 * 49)] == ['2.5 s', '1.1 min', '49 days']
+    assert scale.memory(3072 * 50_000) == '154 MB' and scale.gflop('dinov2_vitb14') == pytest.approx(46.1, abs=0.1)
