@@ -36,7 +36,7 @@ def site() -> Path:
     named = [b for a, b in zip(sys.argv, sys.argv[1:]) if a == '--work']
     folder = Path(named[-1] if named else Path(tempfile.gettempdir())/'dinocls-gpu').expanduser().absolute()/'site'
     wheels = sorted(ROOT.glob('.gpu/[0-9]*/*.whl'))
-    if wheels and not folder.exists() and sys.argv[1:2] != ['prepare']:
+    if __name__ == '__main__' and wheels and not folder.exists() and sys.argv[1:2] != ['prepare']:
         subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-index', '--no-deps', '--no-compile',
                         '--no-cache-dir', '--target', f'{folder}.partial', *wheels], check=True)
         Path(f'{folder}.partial').rename(folder)

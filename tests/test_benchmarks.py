@@ -172,15 +172,17 @@ def test_parts_become_the_binary_version_again(tmp_path, monkeypatch):
             and (tmp_path/'data'/'cifar10h-counts.npy').read_text() == 'votes')
 
 
-def test_as_many_epochs_as_fit_by_what_this_machine_was_measured_at(home, monkeypatch):
-    args, plan = SimpleNamespace(tiny=False), {'pretrain_epochs': {'epoch': 2.0, 'first': 20.0}}
-    files.write_json(home/'speed'/'check.json', plan | {'hardware': machine.hardware()})
-    monkeypatch.setattr(gpu, 'epochs', lambda size: {'pretrain_epochs': {'epoch': 4.0, 'first': 20.0}})
-    assert (gpu.fitting(args, 'pretrain_epochs', 110) == 50
-            and gpu.fitting(args, 'pretrain_epochs', 110, trainings=5) == 10)
+def test_as_many_epochs_as_fit_by_what_is_measured_now(home, monkeypatch):
+    args, asked = SimpleNamespace(tiny=False, set=['pretrain_batch=64']), []
+    def epochs(size, fields, **more):
+        asked.append((*fields, more))
+        return {fields[0]: {'epoch': 2.0, 'first': 20.0}}
+    monkeypatch.setattr(gpu, 'epochs', epochs)
+    assert gpu.fitting(args, 'pretrain_epochs', 110.9) == 50  # half of the first seconds come out of a cache
+    assert gpu.fitting(args, 'pretrain_epochs', 110.9, trainings=5) == 10
     assert gpu.fitting(args, 'pretrain_epochs', 3) == 1 and gpu.fitting(args, 'pretrain_epochs', 1e9) == 1000
-    files.write_json(home/'speed'/'check.json', plan | {'hardware': {'gpu': 'another'}})
-    assert gpu.fitting(args, 'pretrain_epochs', 110) == 25
+    assert asked[0] == ('pretrain_epochs', {'pretrain_batch': '64'})
+    assert files.read_json(home/'plan'/'pretrain_epochs.json')['epochs'] == 1000
 
 
 def test_what_comes_home_goes_on(tmp_path, home, monkeypatch):
