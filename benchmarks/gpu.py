@@ -128,6 +128,9 @@ def prepare(args):
         (stock/str(i)).mkdir()
         for f in folder: f.rename(stock/str(i)/f.name)
     fresh.rmdir()
+    records = sum(f.stat().st_size for f in OUT.glob('record-*/**/*') if f.is_file() and 'stages' not in f.parts)
+    if records > MIB: print(f'Committed records travel with the checkout, {records / MIB:.1f} MiB: fewer folders are '
+                            'needed if outputs/record-* is moved away meanwhile.')
     for command, folder, minutes in commands(len(folders)):
         size = checkout + sum(f.stat().st_size for f in (stock/str(folder)).glob('*'))
         print(f'with {f"{STOCK}/{folder}" if folder else "nothing"} ({size / MIB:.1f} MiB in all):  '
