@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dinocls.kit import files, machine
+from dinocls.kit import files
 from dinocls.kit.files import UserError
 
 CASE = {'model': 'book-digits', 'side': 32, 'batch': 4, 'lead': 1, 'steps': 1, 'rounds': 2, 'options': True,

@@ -324,13 +324,17 @@ PRESETS = {
                      '62 min on 2 CPU cores beside other work (79 min of one core); CIFAR-10 download of 170 MB',
                      'from random weights 33 % of 10,000 test images; from shipped ones not measured yet', _LAPTOP),
     'cifar': Preset('a real experiment without a model download',
-                    'training and scoring not measured yet, one GPU; all else 11 min on 2 CPU cores; '
-                    'CIFAR-10 download of 170 MB', 'not measured yet', _CIFAR),
+                    'on an H100 1.4 s an epoch of pre-training and 3.1 s of phase 2; all else 11 min on 2 CPU cores; '
+                    'CIFAR-10 download of 170 MB',
+                    'after 8 of the 60 epochs of phase 2 83.5 % of 10,000 test images; the whole not measured yet',
+                    _CIFAR),
     'reference': Preset('the reference recipe exactly',
-                        '6 h on a T4 as reported, not measured yet; model download of 350 MB',
+                        '6 h on a T4 as reported, 41 min of training on an H100 by measured steps; model download of '
+                        '350 MB',
                         '99.4 % on the test set as reported, not measured yet', _REFERENCE),
-    'best': Preset('the same model on a large GPU', 'not measured yet; one large GPU, model download of 350 MB',
-                   'not measured yet', _BEST),
+    'best': Preset('the same model on a large GPU',
+                   '19 min of training on an H100 by measured steps; model download of 350 MB', 'not measured yet',
+                   _BEST),
 }
 
 

@@ -1,6 +1,7 @@
 "What a chapter leaves behind: rows of metrics, claims, tables, figures in one style."
 import json
 import re
+import sys
 
 from .config import Config
 from .files import plain, read_json, replacing, write_json
@@ -203,3 +204,19 @@ def save_table(cfg: Config, chapter: str, name: str, table):
     "Write a DataFrame as `<chapter>/<name>.csv` into the run, and return it for display."
     with replacing(cfg.folder/chapter/f'{name}.csv') as tmp: table.to_csv(tmp, index=False, lineterminator='\n')
     return table
+
+
+def has_reader() -> bool:
+    "Tell whether a front end executes this cell, as JupyterLab, Notebook, VS Code and Colab do, and not a batch."
+    from IPython import get_ipython
+    kernel = getattr(get_ipython(), 'kernel', None)
+    asked = kernel.get_parent('shell') if hasattr(kernel, 'get_parent') else {}
+    return 'google.colab' in sys.modules or 'cellId' in (asked or {}).get('metadata', {})
+
+
+def interact(draw, **choices):  # a function of the choices, which leaves an open figure; name → list of (label, value)
+    "Let a reader choose and draw anew at each choice; without one, draw the first and return what `draw` does."
+    if not has_reader(): return draw(**{name: options[0][1] for name, options in choices.items()})
+    import ipywidgets
+    ipywidgets.interact(draw, **{name: ipywidgets.SelectionSlider(options=options, continuous_update=False)
+                                 for name, options in choices.items()})

@@ -112,3 +112,8 @@ def test_few_colours_keep_what_is_rare():
     assert len(few.getcolors()) <= 256
     off = np.abs(np.asarray(few.convert('RGB')).astype(int) - x).max(2)
     assert off[:8, :4].max() <= 8 and off.max() <= 24
+
+
+def test_without_a_reader_the_first_choices_are_drawn():
+    assert not figures.has_reader()
+    assert figures.interact(lambda a, b: (a, b), a=[('one', 1), ('two', 2)], b=[('three', 3)]) == (1, 3)
