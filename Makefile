@@ -4,7 +4,7 @@
 # make site         install, then build the book's site from the committed run into _site
 # make lab          install, then open JupyterLab on the chapters; LAB='--no-browser' passes options
 # make export       after changing a notebook: outputs away, library and README written anew
-# make record       execute the committed run anew, all of it
+# make record       execute a committed run anew, all of it: PRESET=quick, or laptop
 # make constraints  take the newest releases of what is required, with their hashes
 PYTHON ?= python3
 PRESET ?= quick
@@ -43,8 +43,8 @@ export: $(READY)
 	$(BIN)/dinocls sync
 
 record: $(READY)
-	rm -rf outputs/record-quick
-	$(BIN)/dinocls run --preset quick --out outputs/record-quick
+	rm -rf outputs/record-$(PRESET)
+	$(BIN)/dinocls run --preset $(PRESET) --out outputs/record-$(PRESET)
 	$(BIN)/dinocls sync
 
 constraints: $(READY)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dinocls.kit import config, figures
 from dinocls import report
+from dinocls.app import site
+from dinocls.kit import config, figures
 
-QUICK, REPORTED = ROOT/'outputs'/'record-quick', ROOT/'docs'/'reported.md'
-METRICS = [row for file in sorted(QUICK.glob('*/metrics.json')) for row in json.loads(file.read_text())]
-CLAIMS = report.listed(figures.read_claims(config.preset('quick', out=str(QUICK))))
+RECORD, REPORTED = ROOT/site.RECORD, ROOT/'docs'/'reported.md'
+METRICS = [row for file in sorted(RECORD.glob('*/metrics.json')) for row in json.loads(file.read_text())]
+CLAIMS = report.listed(figures.read_claims(config.preset('quick', out=str(ROOT/'outputs'/'record-quick'))))
 OLDER = 'the committed run is older than its chapters: renew it with `make record`'
 UNITS = {'%': '%', 'points': 'points', '/s': '/s'}
 
@@ -50,13 +51,13 @@ def test_a_number_that_nobody_measured_is_found():
 
 
 def test_each_number_of_the_executed_report_is_a_metric_of_its_run():
-    cells = json.loads((QUICK/'14_report.ipynb').read_text())['cells']
+    cells = json.loads((RECORD/'14_report.ipynb').read_text())['cells']
     shown = '\n'.join(''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', ())
                       if 'text/markdown' in o.get('data', {}))
     rows = [[c.strip() for c in line.strip('|').split('|')] for line in shown.splitlines() if line.startswith('| ')
             and not line.startswith('| |')]
     rows = [r for r in rows if len(r) == 6]  # the claims have four columns, and evidence of their own
-    with open(QUICK/'14_report'/'compared.csv', encoding='utf-8') as f: compared = [*csv.DictReader(f)]
+    with open(RECORD/'14_report'/'compared.csv', encoding='utf-8') as f: compared = [*csv.DictReader(f)]
     assert len(rows) == sum(r['measured'] != '' for r in compared) > 40 and not strangers(rows, METRICS)
 
 
@@ -68,9 +69,9 @@ def test_the_summary_names_measured_numbers():
 
 
 def test_the_record_has_its_published_form():
-    record = json.loads((QUICK/'experiment_results.json').read_text())
+    record = json.loads((RECORD/'experiment_results.json').read_text())
     if 'p_agrees' not in record['reported_and_measured'][0]: pytest.skip(OLDER)
-    assert json.loads((QUICK/'14_report'/'experiment_results.schema.json').read_text()) == report.schema()
+    assert json.loads((RECORD/'14_report'/'experiment_results.schema.json').read_text()) == report.schema()
     jsonschema.validate(record, report.schema())
     for broken in ({'metrics': [{'chapter': 'x'}]}, {'stages': [{}]},
                    {'reported_and_measured': [{**record['reported_and_measured'][0], 'verdict': 'better'}]}):
@@ -123,7 +124,7 @@ def test_equal_runs_seldom_differ_and_shifted_ones_seldom_agree():
     assert np.mean([v == 'differs' for v in said[0]]) < 0.08 > np.mean([v == 'agrees' for v in said[0.003]])
 
 
-def test_the_claims_of_the_committed_run_hold_or_cannot_be_told():
+def test_the_claims_of_the_quick_run_hold_or_cannot_be_told():
     if not CLAIMS: pytest.skip(OLDER)
     assert not [c for c in CLAIMS if c['holds'] is False]
     assert all(c['claim'].endswith('.') and re.search(r'\d', c['evidence']) for c in CLAIMS)

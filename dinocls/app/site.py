@@ -9,7 +9,7 @@ from ..kit.config import PRESETS, preset, root
 from ..kit.figures import read_findings
 from ..kit.files import UserError, read_json, reason, replacing
 
-RECORD = 'outputs/record-quick'  # run of preset quick that is committed: the README's numbers are its
+RECORD, OF = 'outputs/record-laptop', 'laptop'  # the committed run that README and site show, and its preset
 NOBODY = 'dinocls'  # the user whom settings.ini names until the book has an owner
 
 
@@ -143,7 +143,7 @@ def preset_table() -> str:
 def generated(book: list, repo: dict) -> dict:  # file → text
     "Return the notebooks, the README and the pages of docs as they should be."
     from ..report import fill_blocks, readme_blocks
-    record = preset('quick', out=str(root()/RECORD))
+    record = preset(OF, out=str(root()/RECORD))
     found, blocks = read_findings(record), readme_blocks(record)
     blocks |= {'chapters': chapter_table(book, found, repo), 'presets': preset_table(),
                'findings': findings_list(book, found, blocks['reported'].partition('\n')[0]),
