@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+from itertools import combinations
 
 import jsonschema
 import numpy as np
@@ -33,9 +34,11 @@ def strangers(rows: list[list[str]], metrics: list[dict]) -> list[str]:
         return {report.written(v, unit) for m in metrics if m['value'] is not None
                 for v in ((m['value'] * scale, int(m['value'])) if unit == '' else (m['value'] * scale,))}
     by_unit, found = {u: known(u) for u in ('', *UNITS)}, []
+    pairs = [m['value'] for m in metrics if m['metric'].startswith('pair:')]
     for item, _, measured, *_ in rows:
         unit = (re.search(r' \((%|points|/s)\)$', item) or [None, ''])[1]
-        if measured != 'not run' and measured not in by_unit[unit]: found.append(f'{item}: {measured}')
+        sums = {report.written(a + b, '') for a, b in combinations(pairs, 2)} if ' or ' in item else set()  # of two pairs
+        if measured != 'not run' and measured not in by_unit[unit] | sums: found.append(f'{item}: {measured}')
     return found
 
 
