@@ -37,7 +37,7 @@ def strangers(rows: list[list[str]], metrics: list[dict]) -> list[str]:
     pairs = [m['value'] for m in metrics if m['metric'].startswith('pair:')]
     for item, _, measured, *_ in rows:
         unit = (re.search(r' \((%|points|/s)\)$', item) or [None, ''])[1]
-        sums = {report.written(a + b, '') for a, b in combinations(pairs, 2)} if ' or ' in item else set()  # of two pairs
+        sums = {report.written(a + b, '') for a, b in combinations(pairs, 2)} if ' or ' in item else set()
         if measured != 'not run' and measured not in by_unit[unit] | sums: found.append(f'{item}: {measured}')
     return found
 
