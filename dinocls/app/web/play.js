@@ -135,7 +135,7 @@ if (RUN.looks?.length) {
     const flat = map.flat(), top = Math.max(...flat), rows = map.length, columns = map[0].length
     const quarter = sum(flat.sort((a, b) => b - a).slice(0, Math.ceil(flat.length / 4)))
     const patches = map.flatMap((row, r) => row.map((v, c) =>
-      `<rect x="${c}" y="${r}" width="1" height="1" fill="#000" fill-opacity="${(.8 * (1 - v / top)).toFixed(2)}"/>`))
+      `<rect x="${c}" y="${r}" width="1" height="1" fill="#000" fill-opacity="${(.75 * (1 - Math.sqrt(v / top))).toFixed(2)}"/>`))
     box.querySelector('.plane').innerHTML = `<svg viewBox="0 0 ${columns} ${rows}" style="max-width:22rem" role="img"
       aria-label="${look.name}, darkened where the head does not look"><image href="${look.picture}" width="${columns}"
       height="${rows}" style="image-rendering:pixelated"/>${patches.join('')}</svg>`
