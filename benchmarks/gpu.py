@@ -66,7 +66,8 @@ PLATFORMS = [f'manylinux{p}_x86_64' for p in ('_2_28', '_2_27', '_2_17', '2014',
 LARGE = {'model': 'dinov2_vitb14', 'side': 224, 'squares': (4096, 8192, 16384), 'sizes': (64, 256, 1024),
          'presets': {'reference': 64, 'best': 256}, 'lead': 2, 'steps': 6, 'rounds': 2, 'seconds': 0.5, 'timed': 16,
          'probes': 40,
-         'most': {'pretrain_epochs': 1000, 'phase2_epochs': 60}, 'compile': 'on', 'cifar': dict(at_once=3)}
+         'most': {'pretrain_epochs': 1000, 'phase2_epochs': 60}, 'compile': 'on',
+         'cifar': dict(at_once=3, pretrain_batch=1024, pretrain_lr=2e-3)}
 TINY = {'model': 'book-digits', 'side': 32, 'squares': (64, 128), 'sizes': (2, 4),
         'presets': {'reference': 2, 'best': 4}, 'lead': 1, 'steps': 1, 'rounds': 1, 'seconds': 0.01, 'timed': 2,
         'probes': 5,

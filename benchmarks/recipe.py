@@ -53,6 +53,11 @@ THEN = {'temperature 0.5': {'contrast_temperature': 0.5}, 'rate × 3': {'pretrai
 LOCAL = {'4 local views': {'local_views': 4}, 'no teacher’s balancing': {'centring': 'mean'}}
 
 
+def blocks_flops(spec, n: int) -> int:  # tokens
+    "Return the FLOPs of a backbone's blocks forward: 24·n·d² + 4·n²·d each (Hoffmann et al. 2022, appendix F)."
+    return spec.depth * (24 * n * spec.dim ** 2 + 4 * n ** 2 * spec.dim)
+
+
 def forward_flops(cfg, side: int) -> int:
     """Return the FLOPs of one view forward: 24·n·d² + 4·n²·d a block (Hoffmann et al. 2022, appendix F), the stem's
     convolutions, the head."""
@@ -63,7 +68,7 @@ def forward_flops(cfg, side: int) -> int:
         stem += 2 * conv.weight.numel() * h * h
     with torch.device('meta'): head = projection_head(cfg, spec.dim)
     head = sum(2 * p.numel() for p in head.parameters() if p.ndim > 1)
-    return spec.depth * (24 * n * spec.dim ** 2 + 4 * n ** 2 * spec.dim) + stem + head
+    return blocks_flops(spec, n) + stem + head
 
 
 def step_flops(cfg, images: int = 1) -> int:

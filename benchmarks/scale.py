@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dinocls.kit.files import read_json
 from dinocls.model import BACKBONES
+from recipe import blocks_flops
 
 HERE = Path(__file__).resolve().parent
 SETS = {'CIFAR-10': (50_000, 32), 'ImageNet-1k': (1_281_167, 224), '100 million pictures': (100_000_000, 224)}  # images, stored side
@@ -17,9 +18,8 @@ EPOCHS, QUERIES, SIDE = (10, 40), 10_000, 224  # of the reference's phases; of a
 
 
 def gflop(name: str) -> float:
-    "Return the GFLOP of an image forward: 24·n·d² + 4·n²·d a block (Hoffmann et al. 2022, appendix F)."
-    spec, n = BACKBONES[name], (SIDE // BACKBONES[name].patch) ** 2 + 1
-    return spec.depth * (24 * n * spec.dim ** 2 + 4 * n ** 2 * spec.dim) / 1e9
+    "Return the GFLOP of an image forward through a backbone's blocks."
+    return blocks_flops(BACKBONES[name], (SIDE // BACKBONES[name].patch) ** 2 + 1) / 1e9
 
 
 def of_table(file: str, start: str, column: int) -> float:
@@ -88,8 +88,8 @@ Nobody trains for fifty epochs on a hundred million pictures; two would do, at a
 ## What gives way first
 
 - **CIFAR-10**: nothing. Everything is resident: pictures as bytes, embeddings, splits, exact neighbours.
-- **ImageNet-1k**: the resident data set. Pictures at 224 pixels no longer fit into memory, so the loader streams them from their decoded copies on disk, the next batch read while the device works, in the same order and to the same result (chapter 1); with a fast disk that costs little, with a slow one it is the limit. The search for look-alikes between all pictures, which grows with the square, goes from minutes to hours; between a test set and the rest it stays minutes. Probes still fit: embeddings are 4 GB.
-- **100 million pictures**: all that is kept for each picture. Embeddings are 307 GB and belong on disk, in pieces (`numpy.memmap`, half precision halves them); exact neighbours take over an hour for 10,000 images, and approximate ones take over: an inverted index of `faiss` (IVF with product quantisation, 64 bytes a picture, 6.4 GB in all) answers in milliseconds with some per cent of neighbours lost, which has to be measured on a sample by the exact search. A decision on every picture (splits, indices) is 0.8 GB, no matter. Reading JPEG files becomes the bottleneck before the GPU does: one H100 embeds more than five thousand a second, which takes some tens of cores to decode; `benchmarks/loading.py FOLDER` tells how many.
+- **ImageNet-1k**: the resident data set. Pictures at 224 pixels no longer fit into memory, so the loader streams them from their decoded copies on disk, the next batch read while the device works, in the same order and to the same result (chapter 1); with a fast disk that costs little, with a slow one it is the limit. The search for look-alikes between all pictures, which grows with the square, goes from seconds to hours; between a test set and the rest it stays minutes. Probes still fit: embeddings are 4 GB.
+- **100 million pictures**: all that is kept for each picture. Embeddings are 307 GB and belong on disk, in pieces (`numpy.memmap`, half precision halves them); exact neighbours take over an hour for 10,000 images, and approximate ones take over: an inverted index of `faiss` (IVF with product quantisation, 64 bytes a picture, 6.4 GB in all) answers much sooner at the price of some neighbours; how many has to be measured on a sample by the exact search. A decision on every picture (splits, indices) is 0.8 GB, no matter. Reading JPEG files may become the bottleneck before the GPU does: one H100 embeds more than five thousand a second; `benchmarks/loading.py FOLDER` tells how many a machine decodes.
 - **Further models and seeds**, not pictures, are what studies cost: chapter 9 trains dozens of models. They are independent, so they go side by side (`at_once`), or to several machines that share the run folder.
 
 ## Larger models

@@ -107,7 +107,7 @@ def test_committed_runs_are_small_and_say_nothing_of_a_machine():
     sizes = [f.stat().st_size for f in files]
     runs = {f.relative_to(ROOT/'outputs').parts[0] for f in files}
     of = {run: sum(f.stat().st_size for f in files if run in f.parts) for run in runs}
-    assert sizes and max(sizes) <= 500_000 and max(of.values()) <= 10_000_000, of
+    assert sizes and max(sizes) <= 500_000 and max(of.values()) <= 10_000_000 and sum(sizes) <= 20_000_000, of
     machine = (f'{ROOT.parent}/', f'{Path.home()}/', 'site-packages', tempfile.gettempdir())
     for f in files:
         if f.suffix in ('.ipynb', '.json', '.csv'):

@@ -262,7 +262,8 @@ def stored_attention(cfg: Config, most: int = 6) -> dict:  # pictures
     some = range(0, n, 1 + (n - 1) // most)
     looks = []
     for i, image in zip(some, data.images[made['test'][found['sample'][some]]]):
-        Image.fromarray(image).save(file := BytesIO(), 'png')
+        (picture := Image.fromarray(image)).thumbnail((96, 96))  # else the file would be large
+        picture.save(file := BytesIO(), 'png')
         maps = (1e4 * found['maps'][i, -1]).round().astype(int)  # of the last block (heads, rows, columns)
         looks.append({'name': data.classes[found['label'][found['sample'][i]]], 'maps': maps.tolist(),
                       'picture': f'data:image/png;base64,{b64encode(file.getvalue()).decode()}'})
@@ -286,7 +287,7 @@ def play_data(cfg: Config) -> dict:
         if r['metric'].startswith('corruption:') and isinstance(r['severity'], int):
             place = found['corruptions'].setdefault(r['metric'][11:].replace('_', ' '), [])
             place.append([round(r[k], 4) for k in ('value', 'low', 'high')])
-    return found | (stored_answers(cfg) | stored_attention(cfg) or (read_json(answers) if answers.is_file() else {}))
+    return found | (read_json(answers) if answers.is_file() else stored_answers(cfg) | stored_attention(cfg))
 
 
 PLAY = {  # what can be moved → its heading, chapter and figure that stand for it where no script runs

@@ -154,6 +154,7 @@ def test_a_run_keeps_its_answers_and_the_glossary_beside_the_chapters(run, monke
     assert data == kept | {'temperature': 0.5, 'clean': 0.9, 'corruptions': {'gaussian noise': [[0.8, 0.7, 0.85]]}}
     arrays['test_logits'], arrays['test_labels'] = np.zeros((10_000, 100)), np.zeros(10_000, int)
     monkeypatch.setattr(website, 'stored', lambda folder, name: [Made(7)])
+    (run/'play.json').unlink()
     assert 0 < len(json.dumps(website.play_data(cfg))) < 200_000
 
 
