@@ -210,7 +210,8 @@ def test_the_playing_figures_tell_what_python_tells(tmp_path):
     below = (100 * (logits.max(1, keepdims=True) - logits)).round().astype(int)
     run = {'temperature': 2.0, 'clean': 0.9, 'labels': labels.tolist(), 'below': below.tolist(),
            'corruptions': {'fog': [[0.8, 0.7, 0.9], [0.6, 0.5, 0.7]]},
-           'looks': [{'name': 'cat', 'picture': 'data:,', 'maps': [[[1000, 2000], [6000, 1000]], [[2500] * 2] * 2]}]}
+           'looks': [{'name': '<b>"cat', 'picture': 'data:,',
+                      'maps': [[[1000, 2000], [6000, 1000]], [[2500] * 2] * 2]}]}
     code = (ROOT/'dinocls'/'app'/'web'/'play.js').read_text()
     (tmp_path/'all.mjs').write_text(f'{PAGE}window.RUN = {json.dumps(run)}\n{code}\nconsole.log(JSON.stringify(said))')
     done = subprocess.run(['node', tmp_path/'all.mjs'], capture_output=True, text=True)
@@ -225,14 +226,16 @@ def test_the_playing_figures_tell_what_python_tells(tmp_path):
     loss = -np.log((q / q.sum(1, keepdims=True))[np.arange(200), labels]).mean()
     assert f'loss {loss:.3f} nats. Right are {100 * right.mean():.1f} %' in said['temperature']
     assert said['corruption'] == ('fog, severity 2: 60.0 % right (95 % interval 50.0 % to 70.0 %), 90.0 % when clean.')
-    assert said['head'] == 'Head 1 of 2, cat: a quarter of the patches get 60.0 % of the attention.'
+    assert '<b>' not in said['drawn'] and said['drawn'].count('&#60;b&#62;&#34;cat') == 2
+    assert said['head'] == 'Head 1 of 2, <b>"cat: a quarter of the patches get 60.0 % of the attention.'
 
 
 PAGE = '''const said = {}, values = { threshold: .9, temperature: 0, corruption: 2, head: 1 }
 globalThis.window = globalThis
 globalThis.addEventListener = () => {}
-const box = id => ({ clientWidth: 640, addEventListener() {}, innerHTML: '', querySelector: what => ({
+const drawn = id => ({ set innerHTML(text) { if (id == 'head') said.drawn = (said.drawn ?? '') + text } })
+const box = id => ({ __proto__: drawn(id), clientWidth: 640, addEventListener() {}, querySelector: what => ({
   select: { value: id == 'head' ? 0 : 'fog' }, input: { value: values[id] },
-  output: { set textContent(text) { said[id] = text } }, '.plane': {} })[what] })
+  output: { set textContent(text) { said[id] = text } }, '.plane': drawn(id) })[what] })
 globalThis.document = { getElementById: box, querySelector: () => ({ addEventListener() {}, remove() {} }) }
 '''

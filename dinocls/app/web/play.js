@@ -1,6 +1,7 @@
 // Figures that can be moved. All is computed here, from the answers in play-data.js.
 const RUN = window.RUN
 const percent = (x, digits = 1) => `${(100 * x).toFixed(digits)} %`
+const plain = text => text.replace(/[&<>"]/g, sign => `&#${sign.charCodeAt(0)};`)  // classes are called as their folders
 const sum = list => list.reduce((a, b) => a + b, 0)
 
 // A plane with axes from 0 to 1 on either side, as wide as there is room.
@@ -126,7 +127,7 @@ if (names.length) {
 
 if (RUN.looks?.length) {
   const heads = RUN.looks[0].maps.length
-  const options = RUN.looks.map((look, i) => `<option value="${i}">${look.name}</option>`).join('')
+  const options = RUN.looks.map((look, i) => `<option value="${i}">${plain(look.name)}</option>`).join('')
   figure('head', `<label>A test picture of <select>${options}</select></label>`
     + slider('head', 'head of the last block (0: the mean of all)', 0, heads, 1, 1), box => {
     const look = RUN.looks[+box.querySelector('select').value], at = +box.querySelector('input').value
@@ -137,7 +138,7 @@ if (RUN.looks?.length) {
     const patches = map.flatMap((row, r) => row.map((v, c) =>
       `<rect x="${c}" y="${r}" width="1" height="1" fill="#000" fill-opacity="${(.75 * (1 - Math.sqrt(v / top))).toFixed(2)}"/>`))
     box.querySelector('.plane').innerHTML = `<svg viewBox="0 0 ${columns} ${rows}" style="max-width:22rem" role="img"
-      aria-label="${look.name}, darkened where the head does not look"><image href="${look.picture}" width="${columns}"
+      aria-label="${plain(look.name)}, darkened where the head does not look"><image href="${look.picture}" width="${columns}"
       height="${rows}" style="image-rendering:pixelated"/>${patches.join('')}</svg>`
     return `${at ? `Head ${at} of ${heads}` : `The mean of ${heads} heads`}, ${look.name}: a quarter of the patches get `
       + `${percent(quarter)} of the attention.`
