@@ -56,8 +56,8 @@ STOPPING, RESCUE, REPORT = 30, 10, 40  # seconds that a process has to stop; kep
 MINUTES = {'speed': 3, 'pretrain': 3.5, 'book': 5}
 # images of a file, of a row in it, of CIFAR-10, of its training split
 CHUNK, ROW, IMAGES, TRAINED = 2000, 50, 60_000, 45_000
-LEFT_OUT = ('stages', 'html', 'production', 'index.html')  # of a run folder: caches, copies and weights
-CHAPTERS = ('5-8,10,12', '14', '9,11,0-4,13,A1', '14')  # one group after the other
+LEFT_OUT = ('stages', 'html', 'production', 'production-student', 'index.html')  # of a run folder: caches, copies and weights
+CHAPTERS = ('5-8,10,12', '14', '9,11,0-4,13,A1,A2', '14')  # one group after the other
 AHEAD = ('siblings', 'direct_logits', 'look_alikes')  # stages begun beside the chapters that will ask for them
 # of the metrics
 SHOWN = ('accuracy', 'member_accuracy', 'probabilities_accuracy', 'knn:frozen', 'linear:frozen', 'mean_corruption')

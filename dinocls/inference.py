@@ -118,12 +118,12 @@ def rebuild(about: dict,  # a description
 MODEL_CARD = """---
 library_name: dinocls
 pipeline_tag: image-classification
-tags: [image-classification, dinov2, vision-transformer]
+tags: [image-classification]
 ---
 
 # {backbone} on {dataset}
 
-A vision transformer (`{architecture}`) with a head for {num_classes} classes: {names}.
+A network (`{architecture}`) with a head for {num_classes} classes: {names}.
 
 ```python
 from dinocls import ProductionModel

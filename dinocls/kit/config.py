@@ -63,6 +63,7 @@ class DataConfig:
 class ModelConfig:
     "What learns."
     backbone: Literal['book-digits', 'book-cifar',
+                      'student-vit32', 'student-vit48', 'student-vit64', 'student-cnn',
                       'dinov2_vits14', 'dinov2_vitb14', 'dinov2_vitl14', 'dinov2_vitg14',
                       'dinov2_vits14_reg', 'dinov2_vitb14_reg', 'dinov2_vitl14_reg', 'dinov2_vitg14_reg',
                       'dinov3_vits16', 'dinov3_vitb16'] = 'book-digits'
@@ -133,6 +134,8 @@ class StudyConfig:
     study_seeds: Count = 3  # seeds of each ablation row
     study_size: Size = 0  # training images of the studies of chapter 9; 0: all
     study_phase2: bool = False  # train the rows that leave one technique out end to end, and not the head alone
+    student: Literal['student-vit32', 'student-vit48', 'student-vit64', 'student-cnn'] = 'student-vit48'  # of A2
+    teaching: Literal['labels', 'soft', 'hot', 'labelled', 'features', 'both', 'fixed'] = 'hot'  # how it is taught
     lr_pairs: RatePairs = ((1e-4, 1e-4), (1e-5, 1e-3), (1e-6, 1e-4))  # (backbone, head) rates compared
     lr_grid: RateGrid = ((1e-6, 1e-5, 1e-4), (1e-5, 1e-4, 1e-3))  # rates of backbone and head, all pairs tried once
     knn_k: Count = 3  # neighbours that vote

@@ -245,6 +245,9 @@ def shipped_record(backbone: str) -> dict:
     "Return the record of how a backbone's weights in the package were made. Raise `UserError` if there are none."
     file = shipped(backbone).with_suffix('.json')
     if not file.is_file():
+        if backbone.startswith('student-'):
+            raise UserError(f'{backbone} comes without weights: weights=random starts without, weights=<path> takes a '
+                            'checkpoint.')
         made_by = 'cifar' if backbone == 'book-cifar' else 'quick'
         raise UserError(f'No weights of {backbone} come with this version: `dinocls publish --preset {made_by}` makes '
                         'them (minutes on a GPU), weights=random starts without, weights=<path> takes a checkpoint.')

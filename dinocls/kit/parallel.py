@@ -11,7 +11,7 @@ import time
 from .config import FIELDS
 from .files import UserError, locked, reason
 from .machine import cores, memory_free
-from .stage import STAGES, Result, open_run
+from .stage import PACKAGE, STAGES, Result, code, code_digests, open_run
 
 
 def run_stages(stage,  # a `Stage`
@@ -21,13 +21,19 @@ def run_stages(stage,  # a `Stage`
     order. Raise `UserError` that names those that failed, once the others are stored."""
     todo = [getattr(c, '_cfg', c) for c in cfgs if not stage.is_done(c)]
     if devices is None: devices = _devices(todo)
-    importable = stage.fn.__module__ != '__main__'  # a worker must find the stage by name
-    if min(len(devices), len(todo)) > 1 and importable: failed = _in_workers(stage, todo, devices)
+    if min(len(devices), len(todo)) > 1 and (home := _home(stage)): failed = _in_workers(stage, home, todo, devices)
     else: failed = [(c, why) for c in todo if (why := _attempt(stage, c))]
     if failed:
         raise UserError(f'{stage.name} failed for {len(failed)} of {len(cfgs)} configurations, the others are stored: '
                         + '; '.join(f'{_apart(c, cfgs)}: {why}' for c, why in failed) + '.')
     return [stage(c) for c in cfgs]
+
+
+def _home(stage) -> str:
+    "Return the module where a worker finds a stage: of a notebook's, the exported one while both are the same."
+    if stage.fn.__module__ != '__main__': return stage.fn.__module__
+    found = next((f for f in PACKAGE.glob('*.py') if code(f).defines(stage.name)), None)
+    return f'{PACKAGE.name}.{found.stem}' if found and code_digests(stage)[found.stem] == code(found).digest else ''
 
 
 def _devices(cfgs: list) -> list[str]:
@@ -55,12 +61,12 @@ def _apart(cfg, cfgs: list) -> str:
     return ', '.join(f'{f}={getattr(cfg, f)}' for f in names) or 'the only one'
 
 
-def _in_workers(stage, cfgs: list, devices: list) -> list[tuple]:  # configuration, what went wrong
+def _in_workers(stage, home: str, cfgs: list, devices: list) -> list[tuple]:  # configuration, what went wrong
     "Compute a stage for each configuration in processes, as many as there are devices."
     from joblib import Parallel, delayed
     from joblib.externals.loky.process_executor import TerminatedWorkerError
     def work(cfgs, at_once):
-        jobs = (delayed(_work)(stage.fn.__module__, stage.name, c, devices, os.getpid()) for c in cfgs)
+        jobs = (delayed(_work)(home, stage.name, c, devices, os.getpid()) for c in cfgs)
         return Parallel(n_jobs=at_once, batch_size=1)(jobs)
     def alone(cfg):
         try: return '' if stage.is_done(cfg) else work([cfg], 2)[0]  # 2: in a process of its own

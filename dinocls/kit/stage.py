@@ -211,9 +211,15 @@ def code_digests(stage) -> dict:  # module → digest
     return {str(f.relative_to(PACKAGE).with_suffix('')): d for f, d in sorted(found.items())}
 
 
+@functools.lru_cache
+def _tree(value) -> str:
+    "Return the tree of a function or class, as text. Finding its source takes long, and it stays what it is."
+    return ast.dump(_bare(ast.parse(textwrap.dedent(inspect.getsource(getattr(value, 'fn', value))))).body[0])
+
+
 def _as_defined(value) -> str:
     "Return the tree of a function or class that a cell defined, as text; empty if its source is not at hand."
-    try: return ast.dump(_bare(ast.parse(textwrap.dedent(inspect.getsource(getattr(value, 'fn', value))))).body[0])
+    try: return _tree(value)
     except (OSError, TypeError, SyntaxError): return ''
 
 

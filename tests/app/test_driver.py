@@ -50,7 +50,7 @@ def test_the_library_alone_lists_and_computes_stages(tmp_path, monkeypatch, in_p
 
 @pytest.mark.parametrize('text, expected', [
     ('1-2,phase1,06', ['01_data', '02_augment', '05_phase1', '06_phase2']), ('A1', ['A1_pretrain']),
-    ('0', ['00_stats']), ('-1', ['00_stats', '01_data']), ('14-', ['14_report', 'A1_pretrain']),
+    ('0', ['00_stats']), ('-1', ['00_stats', '01_data']), ('14-', ['14_report', 'A1_pretrain', 'A2_distill']),
     ('', [c.name for c in CHAPTERS])])
 def test_chapters_are_chosen_as_pages_are(text, expected):
     assert [c.name for c in driver.choose(CHAPTERS, text)] == expected
