@@ -389,7 +389,7 @@ def device(cfg) -> torch.device:
 @stage
 def features(cfg, folder):
     "Embed each split with the frozen backbone, and say which file its weights came from."
-    torch.manual_seed(cfg.seed)
+    if cfg.weights == 'random': torch.manual_seed(cfg.seed)  # published weights are the same for every seed
     pooling = 'cls' if cfg.pooling == 'attention' else cfg.pooling
     body = backbone(cfg.backbone, cfg.image_size, cfg.weights or None, pooling).to(device(cfg))
     found = {name: infer(body, load_split(cfg, name)[0], cfg) for name in ('train', 'val', 'test')}
