@@ -34,7 +34,7 @@ def on_cluster(stage, home: str, cfgs: list) -> list[tuple]:  # configuration, w
                 progress(stage.name, n, len(jobs))
                 try: said[i], files = job.result()
                 except Exception as e: said[i], files = f'{type(e).__name__}: {reason(e)}', {}
-                unpack(run, files)
+                store_results(run, files)
             if not (todo := [i for i in todo if not (said[i] or stage.is_done(cfgs[i]))]): break
     return [(c, why) for i, c in enumerate(cfgs) if (why := 'its result did not come home' if i in todo else said[i])]
 
@@ -49,9 +49,9 @@ def work(home: str, name: str, cfg, code: dict, sign: str, known: dict | None) -
     if known is None: return '', {}
     with tempfile.TemporaryDirectory() as folder:
         cfg = dataclasses.replace(cfg, out=folder)
-        unpack(open_run(cfg), known)
+        store_results(open_run(cfg), known)
         why = attempt(STAGES[name], cfg)
-        return why, pack(f for f in Path(folder, 'stages').iterdir() if record_of(f) and f.name not in known)
+        return why, pack_results(f for f in Path(folder, 'stages').iterdir() if record_of(f) and f.name not in known)
 
 
 def is_shared(sign: str) -> bool: return os.path.exists(sign)
@@ -65,10 +65,10 @@ def attempt(stage, cfg) -> str:
     return ''
 
 
-def pack(folders) -> dict: return {f.name: {p.name: p.read_bytes() for p in f.iterdir()} for f in folders}
+def pack_results(folders) -> dict: return {f.name: {p.name: p.read_bytes() for p in f.iterdir()} for f in folders}
 
 
-def unpack(run: Path, packed: dict):
+def store_results(run: Path, packed: dict):
     "Write results into a run folder, each whole or not at all; one that is there and undamaged stays."
     for name, files in packed.items():
         place, made = run/'stages'/name, run/'stages'/f'{name}.{os.getpid()}.partial'
@@ -84,7 +84,7 @@ def unpack(run: Path, packed: dict):
 def _known(stage, cfg) -> dict:
     "Return the stored results that a stage may rest on."
     reached = code_digests(stage)
-    return pack(found.folder for s in STAGES.values() if s.module in reached and (found := s.find(cfg)[0]))
+    return pack_results(found.folder for s in STAGES.values() if s.module in reached and (found := s.find(cfg)[0]))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, wait
 
 from dinocls.kit import stage
-from dinocls.kit.cluster import unpack, work
+from dinocls.kit.cluster import store_results, work
 from dinocls.kit.config import preset
 from dinocls.kit.files import UserError
 from dinocls.kit.parallel import run_stages
@@ -139,14 +139,14 @@ def test_results_come_home_from_a_worker_that_does_not_see_the_run_folder(study,
     assert work('dinocls.phase1', 'phase1_logits', sent, code, nowhere, None) == ('', {})  # known results come first
     why, files = work('dinocls.phase1', 'phase1_logits', sent, code, nowhere, {})
     assert not why and {name.rpartition('-')[0] for name in files} >= {'splits', 'phase1', 'phase1_logits'}
-    unpack(open_run(cfg), files)
+    store_results(open_run(cfg), files)
     home, alone = phase1_logits.find(cfg)[0], phase1_logits(dataclasses.replace(cfg, out=str(tmp_path/'alone')))
     assert np.array_equal(home['test_logits'], alone['test_logits'])
     before = {name: files.pop(name) for name in list(files) if not name.startswith('phase1_logits')}
     assert work('dinocls.phase1', 'phase1_logits', sent, code, nowhere, before)[1].keys() == files.keys()
     (home.folder/'arrays.npz').write_bytes(b'damaged')
     assert not phase1_logits.is_done(cfg)
-    unpack(cfg.folder, files)
+    store_results(cfg.folder, files)
     assert phase1_logits.is_done(cfg) and not [*cfg.folder.glob('stages/*/.*'), *cfg.folder.glob('stages/*.partial')]
 
 
