@@ -77,10 +77,11 @@ def run(preset: PresetOption = '', config: ConfigOption = None, set: SetOption =
         chapters: Annotated[str, Option(help="which, as in '5-8,12-'; default all")] = '', out: OutOption = None,
         force: Annotated[bool, Option('--force', help='compute anew what the chapters have stored')] = False,
         keep: Annotated[bool, Option('--keep', help='take what is stored of other code or data too; mark it')] = False,
+        backend: Annotated[str, Option('--backend', help='ray or dask: the cluster that trains for studies')] = '',
         eager: Annotated[bool, Option(
             '--eager', help='start chapters at once, to wait for stages and not for chapters')] = False):
     "Execute chapters through papermill, side by side where they are independent."
-    fields = [*(set or []), *(['keep=true'] if keep else [])]
+    fields = [*(set or []), *(['keep=true'] if keep else []), *([f'cluster={backend}'] if backend else [])]
     raise typer.Exit(run_book(settings(preset, config, fields, out), chapters, force, eager))
 
 

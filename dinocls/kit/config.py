@@ -153,6 +153,7 @@ class RunConfig:
     checkpoint_every: Count = 5  # epochs between checkpoints
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints, within an epoch as well
     at_once: Count = 1  # trainings of a study side by side on each device: a small model leaves a GPU idle
+    cluster: Literal['none', 'ray', 'dask'] = 'none'  # where the trainings of a study go, instead of this machine
     bad_steps: Count = 10  # steps in a row without a finite gradient, after which training stops
     keep: bool = False  # take stored results of other code or data all the same, and say so
 
