@@ -380,6 +380,10 @@ def site(run: Annotated[Path | None, Option('--run', help=f'folder of a whole ru
     print(f'The site is built in {duration(time.time() - begin)}: open {short(page)}')
 
 
+# in what libraries say when the system gives no more: for arrays, for a library itself, for a thread
+NO_MEMORY = 'allocate memory', 'out of memory', 'failed to map segment', "can't start new thread"
+
+
 def main():
     "Run the command line."
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')  # not every terminal has all signs
@@ -388,3 +392,8 @@ def main():
         print(f'dinocls: {e}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt: sys.exit(130)
+    except Exception as e:
+        if not isinstance(e, MemoryError) and not any(words in str(e) for words in NO_MEMORY): raise
+        print(f'dinocls: Memory ran out ({reason(e)}): end what else needs it, or raise the limit of this process.',
+              file=sys.stderr)
+        sys.exit(2)
