@@ -158,11 +158,11 @@ def row(number: int, event: dict) -> str:
 # --- large folders
 
 FOLDERS = '## Large folders of pictures'
-# pictures, their size, GiB they may take, stages, what differs from the preset quick
-SETS = ((1000, (4000, 3000), 4, 'phase2', 'train_size=600 val_size=200 test_size=199'),
-        (50_000, (500, 375), 6, 'look_alikes phase1', 'train_size=0 val_size=5000 test_size=5000 phase1_epochs=2'),
-        (50_000, (500, 375), 6, 'phase1', 'train_size=200 val_size=100 test_size=100 phase1_epochs=2 '
-                                          'backbone=dinov2_vits14 weights=random image_size=112'))
+# pictures, their size, GiB they may take, stage, what differs from the preset quick
+SETS = ((1000, (4000, 3000), 4, 'phase2', 'train_size=600 val_size=200 test_size=199 phase1_epochs=3 phase2_epochs=3'),
+        (50_000, (500, 375), 6, 'look_alikes', 'image_size=112 train_size=0 val_size=5000 test_size=5000'),
+        (50_000, (500, 375), 6, 'phase1', 'image_size=112 train_size=2000 val_size=500 test_size=500 phase1_epochs=1 '
+                                          'backbone=dinov2_vits14 weights=random'))
 
 
 def photographs(folder: Path, n: int, size: tuple):
@@ -204,21 +204,18 @@ def folders(out: Path):
     rows, made, holds = [], {}, True
     with tempfile.TemporaryDirectory() as tmp:
         env = {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {'DINOCLS_DATA': f'{tmp}/data'}
-        for number, (n, size, most, stages, fields) in enumerate(SETS):
+        for number, (n, size, most, stage, fields) in enumerate(SETS):
             if size not in made: photographs(made.setdefault(size, Path(tmp)/f'{size[0]}'), n, size)
             fields, clock = f'data_root={made[size]} dataset=imagefolder on_broken=skip {fields}', time.perf_counter()
-            given = ['-p', 'quick', *(a for f in fields.split() for a in ('-s', f))]
-            peaks = []
-            for stage in stages.split():
-                process = subprocess.Popen([COMMAND, 'stage', stage, *given, '--out', f'{tmp}/run-{number}'], env=env)
-                with watched(process.pid) as peak: status = process.wait()
-                if status: raise SystemExit('The stage failed.')
-                peaks.append(peak / 2**30)
-            own, mapped = np.max(peaks, 0)
-            kept = sum(f.stat().st_size for f in Path(tmp, 'data').rglob('*.rgb')) / 2**30
+            given = [a for f in fields.split() for a in ('-s', f)]
+            process = subprocess.Popen([COMMAND, 'stage', stage, '-p', 'quick', *given, '--out', f'{tmp}/run-{number}'],
+                                       env=env)
+            with watched(process.pid) as peak: status = process.wait()
+            if status: raise SystemExit('The stage failed.')
+            own, mapped = peak / 2**30
+            kept = max(f.stat().st_size for f in Path(tmp, 'data').rglob('*.rgb')) / 2**30
             holds &= own < most
-            said = ', '.join(f'`dinocls stage {stage}`' for stage in stages.split())
-            rows.append(f'| {n:,} of {size[0]}×{size[1]} | {said} | `{fields.partition(" ")[2]}` | {most} | **{own:.2f}** '
+            rows.append(f'| {n:,} of {size[0]}×{size[1]} | `{stage}` | `{fields.partition(" ")[2]}` | {most} | **{own:.2f}** '
                         f'| {mapped:.2f} | {kept:.2f} | {(time.perf_counter() - clock) / 60:.1f} |')
             print(rows[-1], flush=True)
     h, v = machine.hardware(), machine.versions()
@@ -226,7 +223,7 @@ def folders(out: Path):
              'JPEG files in folders of ten classes, one of which is cut short, are decoded into a file that is mapped into '
              'memory; what the system keeps of that there it can take back, and the processes\' own memory is what must '
              'fit. GiB, the peak of all processes together.', '',
-             '| pictures | stages | what differs from the preset quick | may take | takes | with the mapped file | size of that file | minutes |',
+             '| pictures | stage | what differs from the preset quick | may take | takes | with the mapped file | size of that file | minutes |',
              '|---|---|---|---|---|---|---|---|', *rows]
     before = out.read_text(encoding='utf-8').partition(FOLDERS)[0].rstrip()
     with files.replacing(out) as file: file.write_text('\n'.join([before, '', *lines]) + '\n', encoding='utf-8')
