@@ -139,6 +139,32 @@ def test_a_folder_that_cannot_be_written(tmp_path, in_process):
     assert (tmp_path/'file').read_text() == 'in the way'
 
 
+@pytest.mark.parametrize('error, part', [
+    (MemoryError(), 'Memory ran out'), (OSError(12, 'Cannot allocate memory'), 'Memory ran out'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 'Memory ran out'),
+    (ImportError('libtorch_cpu.so: failed to map segment from shared object'), 'Memory ran out'),
+    (OSError(30, 'Read-only file system', 'stages'), 'Cannot write stages: Read-only file system'),
+    (OSError(28, 'No space left on device', 'run.lock'), 'Cannot write run.lock: No space left')])
+def test_what_the_machine_lacks_is_a_sentence(tmp_path, in_process, monkeypatch, error, part):
+    def lack(*_): raise error
+    monkeypatch.setattr(cli, 'open_run', lack)
+    refused(in_process('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'run'), part)
+    error = KeyError('a fault of the book')
+    with pytest.raises(KeyError): in_process('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'run')
+
+
+@pytest.mark.slow
+def test_memory_that_does_not_suffice_to_begin(tmp_path):
+    def short(): resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+    refused(dinocls('stage', 'features', '-p', 'smoke', '--out', tmp_path/'run', preexec_fn=short), 'Memory ran out')
+
+
+def test_a_run_in_a_folder_that_became_read_only(tmp_path, in_process, monkeypatch):
+    def refuse(self, *_, **__): raise OSError(30, 'Read-only file system', self.lock_file)
+    monkeypatch.setattr('filelock.FileLock.acquire', refuse)
+    refused(in_process('run', '-p', 'smoke', '--chapters', '0', '--out', tmp_path/'run'), 'run.lock', 'Read-only')
+
+
 @pytest.mark.parametrize('args', [['stage', 'splits'], ['run']], ids=' '.join)
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path, in_process, args):
     (tmp_path/'letter.txt').write_text('dear')

@@ -207,6 +207,14 @@ def test_bodies_of_all_requests_together_are_bounded(model):
     assert {r.status_code for r in got} == {200, 429} and app.state.service.memory == 0
 
 
+def test_nothing_that_was_sent_is_written_to_disk(model, monkeypatch):
+    "Else a kill would leave it behind."
+    monkeypatch.setattr('tempfile.SpooledTemporaryFile.rollover', lambda *_: pytest.fail('written'))
+    with serving(model, page=True) as client:
+        for path in ('/predict', '/look', '/predict/batch'):
+            assert client.post(path, files={'file': PNG + bytes(2**22)}).status_code == 200
+
+
 def test_pixels_and_counts(model):
     with serving(model, max_pixels=1024, max_count=3) as client:
         assert client.post('/predict', content=PNG, headers=KIND).status_code == 200
@@ -544,6 +552,12 @@ def test_connections_that_keep_it_waiting_deny_nothing(crowded, begin):
             with contextlib.suppress(OSError):
                 while connection.recv(65536): pass
         assert time.monotonic() - began < 10
+
+
+def test_half_of_the_files_that_may_be_open_are_for_others(model, monkeypatch):
+    monkeypatch.setattr('resource.getrlimit', lambda _: (100, 100))
+    app = create_app(model, page=False)
+    assert Server(app, None).most == 50 and Limits().max_connections == 512
 
 
 class Wordy:

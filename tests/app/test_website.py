@@ -175,7 +175,7 @@ def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
 
 def test_what_can_be_refused_is_refused_first(run, in_process, monkeypatch, tmp_path):
     monkeypatch.setattr(website, 'find_spec', lambda name: None)
-    refused(in_process('site'), 'jupyter-book', 'dinocls[site]')
+    refused(in_process('site'), 'jupyter-book', "pip install '.[site]'")
     monkeypatch.setattr(website, 'find_spec', lambda name: True)
     refused(in_process('site', '--run', run, '--to', run), 'holds something else')
     (run/'02_last.ipynb').unlink()
