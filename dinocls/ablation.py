@@ -148,7 +148,7 @@ def ema_study(cfg, folder):
     model, total, rows = classifier(cfg, len(splits(cfg)['classes'])), cfg.phase1_epochs * len(source), []
     loop = start(model.freeze(), variant(cfg, ema_decay=0.0), cfg.phase1_epochs, len(source), 0.0, cfg.phase1_lr)
     loop.seed = seed
-    loop.val_feats, head = torch.from_numpy(feats['val']).to(dev), loop.model.head
+    loop.val_feats, head = feats['val'], loop.model.head
     kept = {(d, w): averaged(head, variant(cfg, ema_decay=d, ema_warmup=w)) for d in DECAYS for w in (False, True)}
     share = {k: initial_share(total, *k) for k in kept}
     when = set(np.geomspace(1, total, 24).round().astype(int).tolist())

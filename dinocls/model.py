@@ -321,10 +321,12 @@ def merge_lora(model: Classifier) -> Classifier:
 # %% ../nbs/03_model.ipynb #a265e2f2
 @torch.inference_mode()
 def infer(module: nn.Module, images: Tensor,  # uint8 (n, 3, h, w)
-          cfg, size: int = 256) -> np.ndarray:  # float32 (n, …)
-    "Apply a module in evaluation mode to prepared images, batch by batch, in the configured precision."
+          cfg,
+          size: int = 0) -> np.ndarray:  # images at once; 0: 64 on a CPU, whose caches hold no more, 256 elsewhere
+    "Return float32 (n, …): a module in evaluation mode applied to prepared images, in the configured precision."
     where = next(module.parameters()).device
     was, _ = module.training, module.eval()
+    size = size or (64 if where.type == 'cpu' else 256)
     with autocast(cfg, where): parts = [module(preprocess(b.to(where), cfg)).float().cpu() for b in images.split(size)]
     module.train(was)
     return torch.cat(parts).numpy()
@@ -389,7 +391,7 @@ def device(cfg) -> torch.device:
 @stage
 def features(cfg, folder):
     "Embed each split with the frozen backbone, and say which file its weights came from."
-    torch.manual_seed(cfg.seed)
+    if cfg.weights == 'random': torch.manual_seed(cfg.seed)  # published weights are the same for every seed
     pooling = 'cls' if cfg.pooling == 'attention' else cfg.pooling
     body = backbone(cfg.backbone, cfg.image_size, cfg.weights or None, pooling).to(device(cfg))
     found = {name: infer(body, load_split(cfg, name)[0], cfg) for name in ('train', 'val', 'test')}

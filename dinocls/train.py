@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['schedule', 'averaged', 'decays', 'initial_share', 'Loop', 'make_accelerator', 'start', 'optimise', 'Divided',
            'gather_features', 'train_step', 'derived_seed', 'train_epoch', 'diagnosis', 'group_rates',
-           'accuracy_and_loss', 'evaluate', 'classification_metrics', 'shared_infer', 'val_logits', 'in_halves',
-           'validate', 'batch_source', 'fit']
+           'accuracy_and_loss', 'evaluate', 'classification_metrics', 'shared_infer', 'read_embeddings', 'val_logits',
+           'in_halves', 'validate', 'batch_source', 'fit']
 
 # %% ../nbs/04_train.ipynb #cdf7efd9
 import copy
@@ -79,7 +79,7 @@ class Loop:
     best: dict = field(default_factory=dict)  # {'accuracy', 'epoch', 'weights'} of the best epoch so far
     answers: list = field(default_factory=list)  # of what was scored after each epoch: validation logits (n, classes)
     micro: int = 0  # images that the backbone sees at once; 0: the whole batch
-    val_feats: torch.Tensor | None = None  # embeddings of the validation images, which a frozen backbone never changes
+    val_feats: np.ndarray | None = None  # embeddings of the validation images, which a frozen backbone never changes
     batch: torch.Tensor | None = None  # the last batch as the model saw it; the next one is written over it
 
     @property
@@ -259,28 +259,35 @@ def shared_infer(loop: Loop, part: torch.nn.Module, images) -> np.ndarray:
     return found
 
 @torch.inference_mode()
+def read_embeddings(head: torch.nn.Module, feats) -> np.ndarray:  # (n, dim) → (n, classes)
+    "Return a head's logits of embeddings, in evaluation mode and in fp32."
+    where = next(head.parameters()).device
+    return head.eval()(torch.as_tensor(feats).to(where)).float().cpu().numpy()
+
 def val_logits(loop: Loop, part: torch.nn.Module,  # the trained part, or its average
                images) -> np.ndarray:  # (n, classes)
     "Return validation logits of the model with `part` in it, in evaluation mode."
     if not loop.model.frozen: return shared_infer(loop, part, images)
-    if loop.val_feats is None: loop.val_feats = torch.from_numpy(shared_infer(loop, loop.model.backbone, images))
-    return part.eval()(loop.val_feats.to(loop.accelerator.device)).float().cpu().numpy()
+    if loop.val_feats is None: loop.val_feats = shared_infer(loop, loop.model.backbone, images)
+    return read_embeddings(part, loop.val_feats)
 
 def in_halves(logits: np.ndarray) -> torch.Tensor:  # (n, classes)
     "Return logits in half precision, each image's largest as 0: there, where the answer is decided, they are finest."
     return torch.from_numpy(logits - logits.max(1, keepdims=True)).clamp(min=-6e4).half()
 
 def validate(loop: Loop, loss: float, val, seconds: float) -> dict:
-    "Score the averaged and the raw model, keep the weights if they are the best so far, return the row of history."
+    """Score the averaged model, and the raw one where that costs nothing; keep the weights if they are the best so far;
+    return the row of history."""
     part = loop.ema.module if loop.ema else loop.trained
-    logits = [val_logits(loop, p, val[0]) for p in ([loop.trained, part] if loop.ema else [part])]
-    raw, scored = (accuracy_and_loss(logits[i], val[1]) for i in (0, -1))
-    loop.answers.append(in_halves(logits[-1]))
+    logits = val_logits(loop, part, val[0])
+    scored = raw = accuracy_and_loss(logits, val[1])
+    if loop.ema: raw = accuracy_and_loss(val_logits(loop, loop.trained, None), val[1]) if loop.model.frozen else {}
+    loop.answers.append(in_halves(logits))
     accuracy = scored['accuracy']
     if not loop.best or accuracy >= loop.best['accuracy']:
         loop.best = {'accuracy': accuracy, 'epoch': loop.epoch, 'weights': copy.deepcopy(part.state_dict())}
     return {'epoch': loop.epoch, 'loss': loss, 'val_accuracy': accuracy, 'val_loss': scored['loss'],
-            'raw_val_accuracy': raw['accuracy'], 'raw_val_loss': raw['loss'],
+            **{f'raw_val_{k}': v for k, v in raw.items()},
             **{f'lr_{k}': v for k, v in group_rates(loop).items()},
             'skipped': loop.skipped, 'seconds': round(seconds, 3)}
 
@@ -303,10 +310,11 @@ def fit(model: Classifier, train,  # images, labels, and the indices of the spli
         cfg, *, epochs: int, lr_backbone: float, lr_head: float, layer_decay: float = 1.0,
         folder: Path, name: str = 'fit',
         feats=None,  # embeddings of the training images, where the backbone is frozen and nothing is varied
+        val_feats=None,  # embeddings of the validation images, where the backbone is frozen and they are at hand
         on_epoch=None) -> dict:  # called with name, row of history and epochs; None: tell them as progress
     "Train what is not frozen, from the checkpoint in `folder`; return best and last weights, and all answers."
     loop = start(model, cfg, epochs, max(1, len(train[-1]) // cfg.batch_size), lr_backbone, lr_head, layer_decay)
-    loop.seed = derived_seed(cfg.seed, name)
+    loop.seed, loop.val_feats = derived_seed(cfg.seed, name), val_feats
     load_checkpoint(loop, folder, name)
     source, divided = batch_source(loop, train, feats), Divided(loop.model, loop.accelerator)
     left = (epochs - loop.epoch) * len(source) - loop.step
