@@ -250,16 +250,6 @@ def test_stale_results_are_computed_anew_or_kept_and_marked(book, in_process):
     assert 'is kept' not in said
 
 
-@pytest.mark.slow
-def test_a_second_run_finds_everything_current(tmp_path, in_process):
-    args = ('run', '-p', 'smoke', '--out', tmp_path/'run', '--chapters', '2')
-    first = in_process(*args)
-    assert first.returncode == 0, first
-    assert (tmp_path/'run'/'02_augment'/'batch.png').exists()
-    second = in_process(*args)
-    assert '02_augment is current' in second.stdout and os.path.join('run', 'index.html') in second.stdout
-
-
 def test_a_chapter_whose_outputs_are_damaged_is_not_current(book):
     chapter(book, '01_first', '1 + 1')
     cfg, (first,) = preset('smoke', out=str(book/'run')), driver.chapters()

@@ -239,6 +239,7 @@ def test_formats_that_no_client_needs_are_not_opened(kind):
     assert refusal.value.status == 422
 
 
+@pytest.mark.slow
 def test_a_picture_that_takes_too_much_ends_its_reader_alone(model):
     "Either by time, which the system counts, or by memory; in a batch, too, the others are answered."
     with serving(model, readers=2, reader_seconds=1, reader_memory=2**26) as client:
@@ -249,6 +250,7 @@ def test_a_picture_that_takes_too_much_ends_its_reader_alone(model):
         assert client.app.state.service.batcher.held == 0
 
 
+@pytest.mark.slow
 def test_a_reader_ends_with_the_time_of_its_request(model):
     "Nobody goes on decoding for a client that was told to come back."
     with serving(model, readers=1, reader_seconds=60, timeout=2) as client:
