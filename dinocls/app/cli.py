@@ -228,7 +228,9 @@ def predict(paths: Annotated[list[str], typer.Argument(
             as_json: Annotated[bool, Option('--json', help='a line of JSON a picture')] = False,
             attention: Annotated[Path | None, Option(
                 '--attention', help='draw what the model looked at, for up to 12 pictures, into this file')] = None,
-            device: DeviceOption = 'auto', backend: BackendOption = 'torch',
+            device: DeviceOption = 'auto', backend: Annotated[str, Option(
+                '--backend', '-b', help='torch, which starts at once; or as for serve, where auto has each backend '
+                'answer up to 256 pictures, once per model')] = 'torch',
             preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Classify pictures, a line each; exit with 1 if some could not be used."
     from ..inference import ProductionModel
