@@ -162,7 +162,8 @@ def test_what_the_machine_lacks_is_a_sentence(tmp_path, in_process, monkeypatch,
 def test_memory_that_does_not_suffice_to_begin(tmp_path):
     def short(): resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
     command = [COMMAND, 'stage', 'features', '-p', 'smoke', '--out', str(tmp_path/'run')]
-    refused(subprocess.run(command, capture_output=True, text=True, env=environment(), preexec_fn=short), 'Memory ran out')
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), preexec_fn=short)
+    refused(ended, 'Memory ran out')
 
 
 def test_a_run_in_a_folder_that_became_read_only(tmp_path, in_process, monkeypatch):
