@@ -227,7 +227,8 @@ class Service:
     "A model behind limits, and what is counted of it."
     def __init__(self, model, limits: Limits):
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-        self.model, self.limits, self.memory = model, limits, 0  # bytes of all bodies
+        self.model, self.limits = model, limits
+        self.memory, self.arriving = 0, {}  # bytes of all bodies; task → what came so far, the oldest first
         self.registry, sizes = CollectorRegistry(), [2**i for i in range(9)]  # two services do not meet
         here = {'registry': self.registry}
         self.requests = Counter('dinocls_requests', 'Requests answered', ['path', 'status'], **here)
@@ -276,29 +277,43 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def body(self, headers, receive):
-        "Read a request's body, counted and not believed, and keep it for the length of a block. Raise `Refusal`."
+        """Read a request's body, counted and not believed, and keep it for the length of a block. Raise `Refusal`;
+        where memory is short, for whoever has been sending longest."""
         limits, until, data, more = self.limits, time.monotonic() + self.limits.timeout, bytearray(), True
+        full = Refusal(429, 'The service is full: ask again in 1 s.', {'Retry-After': '1'})
         stated = headers.get('content-length', '')
         stated = int(stated[:19]) if stated.isdecimal() else 0
+        self.arriving[me := asyncio.current_task()] = data
         try:
             while True:
                 if max(stated, len(data)) > limits.max_bytes:
                     many = f'{limits.max_bytes:,} bytes'
                     raise Refusal(413, f'The body has more than {many}, which is what is accepted: send less.')
-                if self.memory > limits.max_memory:
-                    raise Refusal(429, 'The service is full: ask again in 1 s.', {'Retry-After': '1'})
+                while self.memory > limits.max_memory:
+                    oldest, held = next(iter(self.arriving.items()))
+                    if oldest is me: raise full
+                    del self.arriving[oldest]
+                    self.memory -= len(held)
+                    held.clear()
+                    oldest.cancel()
                 if not more: break
                 try: message = await asyncio.wait_for(receive(), max(0, until - time.monotonic()))
                 except asyncio.TimeoutError:
                     late = f'The body did not arrive within {limits.timeout:g} s: send a smaller picture.'
                     raise Refusal(408, late) from None
+                except asyncio.CancelledError:
+                    if me in self.arriving: raise
+                if me not in self.arriving: raise full
                 if message['type'] == 'http.disconnect':
                     raise Refusal(400, 'The connection ended before the body was there.')
                 data += (part := message.get('body', b''))
                 self.memory += len(part)
                 more = message.get('more_body')
+            del self.arriving[me]
             yield bytes(data)
-        finally: self.memory -= len(data)
+        finally:
+            self.arriving.pop(me, None)
+            self.memory -= len(data)
 
 
 API = {'/predict': 'POST', '/predict/batch': 'POST', '/info': 'GET', '/metrics': 'GET', '/openapi.json': 'GET',

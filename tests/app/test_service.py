@@ -207,6 +207,32 @@ def test_bodies_of_all_requests_together_are_bounded(model):
     assert {r.status_code for r in got} == {200, 429} and app.state.service.memory == 0
 
 
+def test_bodies_that_do_not_come_to_an_end_deny_nothing(model):
+    "Where memory is short, whoever has been sending longest has to go."
+    service = create_app(model, page=False, max_memory=50_000, max_bytes=30_000).state.service
+    async def take(*parts):
+        left = iter(parts)
+        async def receive():
+            if not (part := next(left, None)): await asyncio.sleep(60)
+            return {'type': 'http.request', 'body': part, 'more_body': part != b'end'}
+        try:
+            async with service.body({}, receive) as body: return body
+        except Refusal as e: return e.status
+    async def crowd():
+        held = []
+        for _ in range(4):
+            held.append(asyncio.create_task(take(bytes(20_000))))
+            await asyncio.sleep(0.01)
+        small = [await take(bytes(12_000), b'end') for _ in range(9)]
+        gone = [task.done() and task.result() for task in held]
+        for task in held: task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        return small, gone
+    small, gone = asyncio.run(crowd())
+    assert {len(body) for body in small} == {12_003} and gone == [429, 429, 429, False]
+    assert service.memory == 0 and not service.arriving
+
+
 def test_nothing_that_was_sent_is_written_to_disk(model, monkeypatch):
     "Else a kill would leave it behind."
     monkeypatch.setattr('tempfile.SpooledTemporaryFile.rollover', lambda *_: pytest.fail('written'))
