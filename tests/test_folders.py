@@ -1,5 +1,5 @@
-"""Any folder of pictures goes through the book: every chapter that looks at some, under `smoke`, on pictures whose colour
-tells the class. Chapters are executed cell by cell in one process, which spares sixteen kernels their start."""
+"""Any folder of pictures goes through the book: every chapter that looks at some, under `smoke`, on pictures whose
+colour tells the class. Chapters are executed cell by cell in one process, which spares sixteen kernels their start."""
 import ast
 import builtins
 import json
