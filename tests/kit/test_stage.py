@@ -243,8 +243,8 @@ def test_several_configurations_fail_apart(cfg):
 @pytest.mark.slow
 def test_workers_compute_what_one_process_would(tmp_path):
     from dinocls.model import features
-    first = preset('smoke', out=str(tmp_path/'workers'), seed=1, train_size=100, precision='fp32')
-    cfgs = [variant(first, seed=s) for s in (1, 2, 3)]
+    first = preset('smoke', out=str(tmp_path/'workers'), split_seed=1, train_size=100, precision='fp32')
+    cfgs = [variant(first, split_seed=s) for s in (1, 2, 3)]
     several = run_stages(features, cfgs, ['cpu', 'cpu'])
     alone = features(dataclasses.replace(first, out=str(tmp_path/'alone')))
     assert np.array_equal(several[0]['train'], alone['train'])
