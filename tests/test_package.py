@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -39,6 +40,42 @@ assert logits['test_logits'].shape == (100, 10)
 subplots()
 print('used')
 '''
+
+
+COLAB = {'google/colab/__init__.py': '', 'google/colab/kernel.py': """
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.zmqshell import ZMQInteractiveShell
+
+class Shell(ZMQInteractiveShell): __module__ = 'google.colab.shell'
+class Kernel(IPythonKernel): shell_class = Shell
+"""}
+
+
+@pytest.mark.slow
+def test_a_chapter_runs_in_colab_with_nothing_but_its_own_file(tmp_path):
+    "Its own cell installs the package, out of a repository as that of the badge."
+    import nbformat
+    from nbclient import NotebookClient
+    repo, site, alone = (tmp_path/name for name in ('repo', 'site', 'alone'))
+    shutil.copytree(ROOT/'dinocls', repo/'dinocls', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('setup.py', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, repo)
+    book = nbformat.read(ROOT/'nbs'/'00_stats.ipynb', 4)
+    url, branch = re.search(r'git\+(\S+?)@(\S+?)"', book.cells[3].source).groups()
+    git = ['git', '-C', repo, '-c', 'user.name=a', '-c', 'user.email=a@localhost']
+    for args in (['init', '-q', '-b', branch], ['add', '-A'], ['commit', '-q', '-m', 'all']):
+        subprocess.run([*git, *args], check=True)
+    for name, text in COLAB.items():
+        (site/name).parent.mkdir(parents=True, exist_ok=True)
+        (site/name).write_text(text)
+    alone.mkdir()
+    told = environment(PYTHONPATH=site, PIP_TARGET=site, PIP_NO_DEPS=1, PIP_NO_BUILD_ISOLATION=0, HOME=tmp_path,
+                       GIT_CONFIG_COUNT=1, GIT_CONFIG_KEY_0=f'url.file://{repo}.insteadOf', GIT_CONFIG_VALUE_0=url)
+    where = "import dinocls, IPython; print(dinocls.__file__, IPython.get_ipython())"
+    book.cells.append(nbformat.v4.new_code_cell(where))
+    NotebookClient(book, timeout=300, resources={'metadata': {'path': str(alone)}}, kernel_name='python3',
+                   extra_arguments=['--IPKernelApp.kernel_class=google.colab.kernel.Kernel']).execute(env=told)
+    said = book.cells[-1].outputs[0].text
+    assert said.startswith(f'{site}/dinocls/__init__.py <google.colab') and (alone/'outputs'/'smoke').is_dir()
 
 
 @pytest.mark.slow
