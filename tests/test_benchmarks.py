@@ -219,6 +219,7 @@ def test_what_comes_home_goes_on(tmp_path, home, monkeypatch):
     assert newer.read_text() == 'newer'  # unpacked once
 
 
+@pytest.mark.slow
 def test_neighbours_are_compared_with_those_of_others(capsys):
     knn = script('knn')
     knn.main(1, 0.01)

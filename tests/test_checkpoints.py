@@ -32,6 +32,7 @@ def trained(m):
     return state | {'dino_head.mlp.0.weight': torch.ones(2, 2), 'ibot_head.last_layer.weight': torch.ones(2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('wrap', ['', 'module.', '_orig_mod.', '_fsdp_wrapped_module.module.'])
 def test_training_checkpoints(tmp_path, wrap):
     right = small('dinov2_vits14').state_dict()

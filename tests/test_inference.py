@@ -177,6 +177,7 @@ def test_bytes_that_are_no_picture(model, tmp_path, data):
     refused(lambda: model.predict(tmp_path/'bad.png'), 'bad.png')
 
 
+@pytest.mark.slow
 def test_every_cut_and_many_flips_answer_or_refuse(model):
     "Whatever a file's damage, the outcome is an answer or a `UserError`."
     rng = np.random.default_rng(3)

@@ -106,6 +106,7 @@ def installed_by(names: list) -> set:
     return found
 
 
+@pytest.mark.slow
 def test_the_extra_book_brings_all_that_chapters_import():
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')

@@ -46,6 +46,7 @@ def test_the_test_set_can_be_reduced_as_in_the_reference():
     assert np.bincount(whole.labels[parts['test']]).tolist() == [5] * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['digits', 'ten classes', 'a hundred classes'])
 def test_splits_are_stratified_disjoint_seeded_and_stored(tmp_path, monkeypatch, load, digits, name):
     sets = {'digits': digits, 'ten classes': published(10, 2000, 300), 'a hundred classes': published(100, 1000, 500)}

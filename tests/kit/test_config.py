@@ -64,6 +64,7 @@ def test_groups_share_no_field():
     assert len(names) == len(set(names)) == len(config.FIELDS) - 3  # preset, out, device
 
 
+@pytest.mark.slow
 def test_the_top_of_the_package_is_light():
     code = ('import sys, dinocls\n'
             'assert not {"torch", "numpy", "matplotlib", "pydantic"} & set(sys.modules), "it loads what nobody wants"\n'
