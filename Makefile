@@ -1,5 +1,5 @@
 # make book         install, then execute every chapter on the embedded default (no network beyond the package index, no GPU)
-# make test         install, then run every test: the notebooks, then tests/
+# make test         install, then run every test, the notebooks among them
 # make check        install, then look over the code and run the tests that take no time: within a minute
 # make site         install, then build the book's site from the committed run into _site
 # make lab          install, then open JupyterLab on the chapters; LAB='--no-browser' passes options
@@ -23,12 +23,10 @@ book: $(READY)
 	$(BIN)/dinocls run --preset $(PRESET)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests
 
 check: $(READY)
 	$(BIN)/ruff check --quiet $(CODE)
-	$(BIN)/dinocls sync --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m 'not slow' tests
 
 site: $(READY)

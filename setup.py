@@ -11,6 +11,7 @@ s = config['DEFAULT']
 split = lambda key: s[key].split()
 extras = {name: split(f'{name}_requirements') for name in ('pretrain', 'lora', 'export', 'serve')}
 book = split('book_requirements') + sum(extras.values(), [])  # the chapters use everything
+clusters = {name: split(f'{name}_requirements') for name in ('ray', 'dask')}
 
 setup(
     name=s['lib_name'], version=s['version'], description=s['description'], keywords=s['keywords'],
@@ -19,7 +20,7 @@ setup(
     packages=find_packages(include=[s['lib_name'], f"{s['lib_name']}.*"]),
     package_data={s['lib_name']: ['*.mplstyle', 'weights/*', 'app/static/*', 'app/web/*']}, include_package_data=False,
     python_requires=f">={s['min_python']}", install_requires=split('requirements'),
-    extras_require={**extras, 'book': book, 'site': split('site_requirements'),
+    extras_require={**extras, **clusters, 'book': book, 'site': split('site_requirements'),
                     'dev': book + split('dev_requirements')},
     entry_points={'console_scripts': split('console_scripts')}, zip_safe=False,
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',

@@ -1,24 +1,30 @@
-"""Does training end in the same weights if it is killed 25 times, and checkpoints rot meanwhile?
+"""Does training end in the same weights if it is killed 25 times, and checkpoints rot meanwhile? What memory do large
+folders of pictures take?
 
     .venv/bin/python benchmarks/faults.py [kills] [phase2_epochs]     writes benchmarks/faults.md; about 6 minutes on 2 cores
+    .venv/bin/python benchmarks/faults.py folders     writes its last part anew; about 15 minutes and 4 GB of disk
 
 `dinocls stage phase2 -p smoke` is killed by SIGKILL at random moments and started again until it ends: five times of six after it has written a
 checkpoint, else while it starts. If it ends before all kills are done, another round begins with another seed. After every fifth kill a random bit of the newest
 checkpoint is flipped. Each round's weights and history are compared with those of a run of the same seed that nobody disturbed.
 """
 import argparse
+import contextlib
 import os
 import random
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import psutil
 import torch
+from PIL import Image
 
 from dinocls.kit import config, files, machine
 from dinocls.kit.training import load_checkpoint, save_checkpoint
@@ -149,6 +155,81 @@ def row(number: int, event: dict) -> str:
             f'| {where(event["intact"])} | {f"{again} to {again + STEPS - 1}" if trains else 0} |')
 
 
+# --- large folders
+
+FOLDERS = '## Large folders of pictures'
+# pictures, their size, GiB they may take, stage, what differs from the preset quick
+SETS = ((1000, (4000, 3000), 4, 'phase2', 'train_size=600 val_size=200 test_size=199 phase1_epochs=3 phase2_epochs=3'),
+        (50_000, (500, 375), 6, 'look_alikes', 'image_size=112 train_size=0 val_size=5000 test_size=5000'),
+        (50_000, (500, 375), 6, 'phase1', 'image_size=112 train_size=2000 val_size=500 test_size=500 phase1_epochs=1 '
+                                          'backbone=dinov2_vits14 weights=random'))
+
+
+def photographs(folder: Path, n: int, size: tuple):
+    "Write n JPEG files, of ten classes: ten scenes in other light, no two alike; the last is cut short."
+    chance = np.random.default_rng(0)
+    scenes = [Image.fromarray(chance.integers(0, 256, (30, 40, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+              for _ in range(10)]
+    for i in range(n):
+        (place := folder/f'class{i % 10}').mkdir(parents=True, exist_ok=True)
+        light = [np.clip(np.arange(256) * chance.uniform(0.5, 1.5) + chance.uniform(-20, 20), 0, 255) for _ in range(3)]
+        scenes[i % 10].point(np.concatenate(light).astype(int).tolist()).save(place/f'{i}.jpg', quality=85)
+    os.truncate(place/f'{n - 1}.jpg', 5000)
+
+
+def memory(process) -> np.ndarray:  # bytes: of its own, and with the files that are mapped
+    "Return what a process and those that it started hold in memory."
+    found = np.zeros(2)
+    with contextlib.suppress(psutil.Error):
+        for p in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error): found += ((m := p.memory_info()).rss - m.shared, m.rss)
+    return found
+
+
+@contextlib.contextmanager
+def watched(pid: int):
+    "Yield what will be, after the block, the peak of `memory` while it ran."
+    process, peak, ended = psutil.Process(pid), np.zeros(2), threading.Event()
+    def watch():
+        while not ended.wait(0.05): np.maximum(peak, memory(process), out=peak)
+    (thread := threading.Thread(target=watch)).start()
+    try: yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
+def folders(out: Path):
+    "Run stages on large folders of pictures, and write what memory they take into the report."
+    rows, made, holds = [], {}, True
+    with tempfile.TemporaryDirectory() as tmp:
+        env = {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {'DINOCLS_DATA': f'{tmp}/data'}
+        for number, (n, size, most, stage, fields) in enumerate(SETS):
+            if size not in made: photographs(made.setdefault(size, Path(tmp)/f'{size[0]}'), n, size)
+            fields, clock = f'data_root={made[size]} dataset=imagefolder on_broken=skip {fields}', time.perf_counter()
+            given = [a for f in fields.split() for a in ('-s', f)]
+            process = subprocess.Popen([COMMAND, 'stage', stage, '-p', 'quick', *given, '--out', f'{tmp}/run-{number}'],
+                                       env=env)
+            with watched(process.pid) as peak: status = process.wait()
+            if status: raise SystemExit('The stage failed.')
+            own, mapped = peak / 2**30
+            kept = max(f.stat().st_size for f in Path(tmp, 'data').rglob('*.rgb')) / 2**30
+            holds &= own < most
+            rows.append(f'| {n:,} of {size[0]}×{size[1]} | `{stage}` | `{fields.partition(" ")[2]}` | {most} | **{own:.2f}** '
+                        f'| {mapped:.2f} | {kept:.2f} | {(time.perf_counter() - clock) / 60:.1f} |')
+            print(rows[-1], flush=True)
+    h, v = machine.hardware(), machine.versions()
+    lines = [FOLDERS, '', f'`python benchmarks/faults.py folders`: {h["cpu"]}, {h["cores"]} cores, torch {v["torch"]}. '
+             'JPEG files in folders of ten classes, one of which is cut short, are decoded into a file that is mapped into '
+             'memory; what the system keeps of that there it can take back, and the processes\' own memory is what must '
+             'fit. GiB, the peak of all processes together.', '',
+             '| pictures | stage | what differs from the preset quick | may take | takes | with the mapped file | size of that file | minutes |',
+             '|---|---|---|---|---|---|---|---|', *rows]
+    before = out.read_text(encoding='utf-8').partition(FOLDERS)[0].rstrip()
+    with files.replacing(out) as file: file.write_text('\n'.join([before, '', *lines]) + '\n', encoding='utf-8')
+    if not holds: raise SystemExit('More than they may take.')
+
+
 def main(kills: int, epochs: int, out: Path):
     torch.set_num_threads(1)
     clock, rounds, events = time.perf_counter(), [], []
@@ -167,7 +248,9 @@ def main(kills: int, epochs: int, out: Path):
                  for name, fields in {'book-digits': {},
                                       'dinov2_vits14': {'weights': 'random', 'image_size': 224}}.items()}
     lines = report(rounds, events, costs, epochs, time.perf_counter() - clock)
-    with files.replacing(out) as file: file.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    _, found, kept = out.read_text(encoding='utf-8').partition(FOLDERS) if out.exists() else ('', '', '')
+    with files.replacing(out) as file:
+        file.write_text('\n'.join([*lines, '', found + kept]).rstrip() + '\n', encoding='utf-8')
     print('\n'.join(lines))
     if not all(r['whole'] == r['killed'] for r in rounds):
         raise SystemExit('Not all weights and histories are identical.')
@@ -196,8 +279,9 @@ def report(rounds: list, events: list, costs: dict, epochs: int, seconds: float)
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('kills', nargs='?', type=int, default=25)
+    parser.add_argument('kills', nargs='?', default='25', help='or folders')
     parser.add_argument('epochs', nargs='?', type=int, default=100, help='of phase 2')
     parser.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.md'))
     args = parser.parse_args()
-    main(args.kills, args.epochs, args.out)
+    if args.kills == 'folders': folders(args.out)
+    else: main(int(args.kills), args.epochs, args.out)

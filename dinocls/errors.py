@@ -128,14 +128,14 @@ def side(preferred, label: int, guess: int) -> str:  # the class that a judge pr
 def opinions(label: int, guess: int,
              votes: np.ndarray,  # people for each class
              review: dict | None,  # of these; None: not reviewed
-             twin: int | None) -> dict:  # label of a near-duplicate; None: there is none
+             twin: int | None) -> dict:  # label of a look-alike; None: there is none
     "Return with whom each judge sides over an image on which label and model differ."
     most = np.flatnonzero(votes == votes.max())
     reviewed = (None if review is None else review['given'] if review['for_given'] >= 3 else review['guessed']
                 if review['for_guessed'] >= 3 else -1)
     return {'reviewed label': side(reviewed, label, guess),
             'human votes': side(int(most[0]) if len(most) == 1 else -1, label, guess),
-            'near-duplicate': side(twin, label, guess)}
+            'look-alike': side(twin, label, guess)}
 
 def fault(sides: dict) -> str:
     "Say whose fault an error is: model, label or open."
@@ -144,7 +144,7 @@ def fault(sides: dict) -> str:
 
 def judged_errors(judges: dict,  # of `read_judges`
                   place: np.ndarray, labels: np.ndarray, guesses: np.ndarray,  # of the scored images (n,)
-                  twins: dict) -> list[dict]:  # scored image → label of its near-duplicate
+                  twins: dict) -> list[dict]:  # scored image → label of its look-alike
     "Return each error with what the judges say. Raise `UserError` if the labels are not the original's."
     if not np.array_equal(judges['labels'][place], labels):
         raise UserError("The labels of the test split are not CIFAR-10's: the judges do not apply.")

@@ -295,12 +295,13 @@ def layouts(feats: np.ndarray, most: int = 1000) -> dict:
                 'variance': pca.explained_variance_ratio_[:2]}
 
 # %% ../nbs/08_probe.ipynb #fb43fb2a
-def spaced(xy: np.ndarray, first: np.ndarray, apart: float = 0.036) -> list[int]:  # apart: share of the picture's width
+def spaced(xy: np.ndarray, first: np.ndarray,  # (n, 2), (n,)
+           apart=0.036) -> list[int]:  # share of the picture's width and height, or one of each
     "Return which places fit without two closer than `apart` in both directions; those marked in `first` go first."
     unit = (xy - xy.min(0)) / np.maximum(np.ptp(xy, axis=0), 1e-12)
     taken = []
     for i in np.argsort(~first, kind='stable'):
-        if not taken or np.abs(unit[taken] - unit[i]).max(1).min() >= apart: taken.append(int(i))
+        if not taken or (np.abs(unit[taken] - unit[i]) / apart).max(1).min() >= 1: taken.append(int(i))
     return taken
 
 # %% ../nbs/08_probe.ipynb #43ae0f5c

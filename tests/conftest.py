@@ -12,19 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = str(Path(sys.executable).with_name('dinocls'))
-OFFLINE = {'https_proxy': 'http://127.0.0.1:9', 'http_proxy': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '1'}
 
 
 def environment(**changes) -> dict:
     "Return this process's environment without what the driver or a user may have set for the book."
     kept = {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')}
     return kept | {k: str(v) for k, v in changes.items()}
-
-
-def dinocls(*args, **kwargs) -> subprocess.CompletedProcess:
-    "Run the command line to its end, in a process of its own."
-    kwargs = {'cwd': ROOT, **kwargs, 'env': environment(**kwargs.get('env', {}))}
-    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def refused(result, *parts, status=2):

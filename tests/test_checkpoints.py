@@ -20,9 +20,9 @@ def small(name, side=2):
 
 
 def same(name, state, source='the file'):
-    m, x = small(name), torch.randn(2, 3, *small(name).patch_embed.img_size)
-    other = random_backbone(name, m.patch_embed.img_size[0], **SMALL).eval()
-    return torch.allclose(fit_weights(other, state, source)(x), m(x), atol=1e-5)
+    m = small(name)
+    x, other = torch.randn(2, 3, *m.patch_embed.img_size), random_backbone(name, m.patch_embed.img_size[0], **SMALL)
+    return torch.allclose(fit_weights(other.eval(), state, source)(x), m(x), atol=1e-5)
 
 
 def trained(m):

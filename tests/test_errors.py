@@ -145,8 +145,8 @@ def test_judges_meet_the_right_images_however_they_are_stored(judges, stored):
     twin = {int(np.flatnonzero(place[test] == 12)[0]): 5}
     rows = {r['original']: r for r in errors.judged_errors(found, place[test], labels, guesses, twin)}
     assert {i: r['fault'] for i, r in rows.items()} == {0: 'model', 4: 'label', 12: 'model'}
-    assert [rows[4][j] for j in ('reviewed label', 'human votes', 'near-duplicate')] == ['model', 'model', 'silent']
-    assert [rows[12][j] for j in ('reviewed label', 'human votes', 'near-duplicate')] == ['silent', 'label', 'label']
+    assert [rows[4][j] for j in ('reviewed label', 'human votes', 'look-alike')] == ['model', 'model', 'silent']
+    assert [rows[12][j] for j in ('reviewed label', 'human votes', 'look-alike')] == ['silent', 'label', 'label']
 
 
 def test_another_order_is_refused(judges):

@@ -74,3 +74,8 @@ def test_a_workflow_runs_only_what_was_seen_and_may_only_read(file):
     text = file.read_text()
     used = re.findall(r'uses: (\S+)', text)
     assert used and all(re.search('@[0-9a-f]{40}$', u) for u in used) and 'permissions:\n  contents: read' in text
+
+
+@pytest.mark.parametrize('file', FILES, ids=name_of)
+def test_nobody_is_sent_to_what_an_index_has_under_this_name(file):
+    assert not re.search(r"""pip install [^\n]*\bdinocls(\[\w+\])?['"`]""", file.read_text(encoding='utf-8'))

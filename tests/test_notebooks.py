@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 
 from dinocls.app import driver
 from dinocls.kit import config
@@ -85,6 +85,17 @@ def test_reads_names_the_chapters_whose_stages_are_used():
         for imported in re.findall(r'^\s*from (?:dinocls)?\.\w+ import (.+)', '\n'.join(code(c.path)), re.M):
             for name in re.findall(r'\w+', imported):
                 if name in stages: assert by_module[stages[name].module] in above[c.name], f'{c.name} uses {name}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('names', ['^0[0-6]', '^(0[7-9]|10)', '^(1[1-4]|A)'])
+def test_all_cells_run_and_their_asserts_hold(names):
+    "Several notebooks in a process, which spares them the imports, beside the other tests."
+    command = [Path(sys.executable).with_name('nbdev_test'), '--file_re', names, '--n_workers', '0', '--do_print']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(OMP_NUM_THREADS=1))
+    assert done.returncode == 0, done.stderr[-5000:]
+    executed = re.findall(r'Completed .*/(\w+)\.ipynb', done.stdout)
+    assert executed == [c.name for c in CHAPTERS if re.search(names, c.name)]
 
 
 @pytest.mark.slow

@@ -82,6 +82,7 @@ def test_a_split_is_loaded_as_tensors(tmp_path, load):
     assert (images.permute(0, 2, 3, 1).numpy() == whole.images[200:]).all()
 
 
+@pytest.mark.slow
 def test_honest_splits_pass(digits):
     "Ten draws of digits; the smallest of 120 p-values is what chance allows."
     smallest = []
@@ -169,6 +170,7 @@ def test_look_alikes_are_found_by_the_stage(tmp_path, change, request):
     assert {f['mirrored'] for f in found} == {'mirrored' in request.node.name}
 
 
+@pytest.mark.slow
 def test_the_mirror_raises_no_alarm_over_honest_digits(digits):
     "A 0, a 1 and an 8 are nearly symmetric; yet of 3,600 honest images hardly one is reported for its mirror image."
     reported = np.zeros(2, int)

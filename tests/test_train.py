@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import COMMAND, ROOT, dinocls, environment, wait
+from conftest import COMMAND, ROOT, environment, wait
 
 from dinocls.kit import config, files
 from dinocls.kit.training import Checkpointer, checkpoints
 from dinocls import train
 from dinocls.data import load_split
 from dinocls.model import classifier
+from dinocls.phase2 import phase2
 from dinocls.train import fit
 
 pytestmark = pytest.mark.slow  # it trains
@@ -190,26 +191,29 @@ def test_what_cannot_be_compiled_trains_as_it_is(tmp_path, monkeypatch):
 
 
 ARGS = ['stage', 'phase2', '-p', 'smoke', '-s', 'phase2_epochs=6', '-s', 'checkpoint_minutes=0', '-s', 'device=cpu']
-ONE = dict(OMP_NUM_THREADS=1)
 
 
 def weights(folder): return files.file_digest(next((folder/'stages').glob('phase2-*/weights.safetensors')))
 
 
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    "A run without interruption."
-    folder = tmp_path_factory.mktemp('whole')/'run'
-    result = dinocls(*ARGS, '--out', folder, env=ONE)
-    assert result.returncode == 0, result.stderr
+def finish(folder):
+    "Train to the end in this process, on one thread as `begun` does; return the folder."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: phase2(config.preset('smoke', phase2_epochs=6, checkpoint_minutes=0, device='cpu', out=str(folder)))
+    finally: torch.set_num_threads(threads)
     return folder
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory): return finish(tmp_path_factory.mktemp('whole')/'run')  # without interruption
 
 
 def begun(folder, command, delay=0.0):
     "Start the training and wait for a checkpoint that was not there."
     found = lambda: set((folder/'stages').glob('phase2-*.partial/checkpoint-*'))
     before = found()
-    process = subprocess.Popen([*command, *ARGS, '--out', str(folder)], env=environment(**ONE), cwd=ROOT,
+    process = subprocess.Popen([*command, *ARGS, '--out', str(folder)], env=environment(OMP_NUM_THREADS=1), cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait(lambda: found() - before or process.poll() is not None, 120)
     time.sleep(delay)
@@ -225,8 +229,7 @@ def test_killed_again_and_again_ends_in_the_same_weights(whole, tmp_path):
         process.kill(), process.wait()
         kills += 1
     assert kills >= 2
-    assert dinocls(*ARGS, '--out', tmp_path/'run', env=ONE).returncode == 0
-    assert weights(tmp_path/'run') == weights(whole)
+    assert weights(finish(tmp_path/'run')) == weights(whole)
 
 
 @pytest.mark.slow
@@ -237,8 +240,7 @@ def test_a_stopped_training_says_so_and_goes_on(whole, tmp_path, number):
     said = process.communicate(timeout=60)[0]
     assert process.returncode == (130 if number == signal.SIGINT else -number) and 'Traceback' not in said, said
     assert 'phase2 stopped after step' in said and 'goes on from there' in said
-    assert dinocls(*ARGS, '--out', tmp_path/'run', env=ONE).returncode == 0
-    assert weights(tmp_path/'run') == weights(whole)
+    assert weights(finish(tmp_path/'run')) == weights(whole)
 
 
 @pytest.mark.slow
@@ -251,8 +253,7 @@ def test_two_processes_train_as_one_and_one_goes_on_from_two(whole, tmp_path):
     stored = lambda folder, s: losses(json.loads(next((folder/'stages').glob(f'{s}-*/result.json')).read_text()))
     same = lambda s: stored(tmp_path/'run', s) == pytest.approx(stored(whole, s), rel=1e-4)
     assert same('phase1')  # by two processes to the end
-    result = dinocls(*ARGS, '--out', tmp_path/'run', env=ONE)
-    assert result.returncode == 0, result.stderr
+    finish(tmp_path/'run')
     assert same('phase2') and len(list((tmp_path/'run'/'stages').glob('phase2-*/weights.safetensors'))) == 1
 
 

@@ -13,6 +13,7 @@ import typer
 
 from ..kit import config as configuration
 from ..kit.config import PRESETS, Config, parse_overrides, root
+from ..kit.fetch import FULL
 from ..kit.files import UserError, as_os_error, expand, nearest, reason, replacing
 from ..kit.machine import hardware, rank, version, versions
 from ..kit.stage import open_run
@@ -77,10 +78,11 @@ def run(preset: PresetOption = '', config: ConfigOption = None, set: SetOption =
         chapters: Annotated[str, Option(help="which, as in '5-8,12-'; default all")] = '', out: OutOption = None,
         force: Annotated[bool, Option('--force', help='compute anew what the chapters have stored')] = False,
         keep: Annotated[bool, Option('--keep', help='take what is stored of other code or data too; mark it')] = False,
+        backend: Annotated[str, Option('--backend', help='ray or dask: the cluster that trains for studies')] = '',
         eager: Annotated[bool, Option(
             '--eager', help='start chapters at once, to wait for stages and not for chapters')] = False):
     "Execute chapters through papermill, side by side where they are independent."
-    fields = [*(set or []), *(['keep=true'] if keep else [])]
+    fields = [*(set or []), *(['keep=true'] if keep else []), *([f'cluster={backend}'] if backend else [])]
     raise typer.Exit(run_book(settings(preset, config, fields, out), chapters, force, eager))
 
 
@@ -382,11 +384,26 @@ def site(run: Annotated[Path | None, Option('--run', help=f'folder of a whole ru
     print(f'The site is built in {duration(time.time() - begin)}: open {short(page)}')
 
 
+# in what libraries say when the system gives no more: for arrays, for a library itself, for a thread
+NO_MEMORY = 'allocate memory', 'out of memory', 'failed to map segment', "can't start new thread"
+
+
+def shortage(error: Exception) -> str:
+    "Say what the machine lacks, if that is why something failed; else nothing."
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        return f'Memory ran out ({reason(error)}): end what else needs it, or raise the limit of this process.'
+    if getattr(error, 'errno', None) in FULL and error.filename:
+        return (f'Cannot write {error.filename}: {reason(error)}; free space there, make it writable, or choose '
+                'another folder with --out.')
+    return ''
+
+
 def main():
     "Run the command line."
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')  # not every terminal has all signs
     try: app()
-    except UserError as e:
-        print(f'dinocls: {e}', file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt: sys.exit(130)
+    except Exception as e:
+        if not (told := str(e) if isinstance(e, UserError) else shortage(e)): raise
+        print(f'dinocls: {told}', file=sys.stderr)
+        sys.exit(2)

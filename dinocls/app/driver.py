@@ -108,11 +108,10 @@ def check_parameters(path: Path, given: dict):
 
 
 def tidy(notebook: Path, findings: Findings | None = None) -> str:
-    """Return an executed notebook without times, durations, random ids and this machine's paths; what the chapter
-    found, if it says so, stands below its title."""
+    """Return an executed notebook without times, durations, random ids and this machine's paths; the answer that the
+    chapter found, if it says so, stands below its title, and at its end the reasons alone."""
     nb = read_notebook(notebook)
-    if findings: nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'findings', 'metadata': {'tags': ['findings']},
-                                        'source': '## The answer\n\n' + findings.markdown(notebook.stem)})
+    whole = findings and findings._repr_markdown_()
     nb['metadata'].pop('papermill', None)
     nb['metadata'].get('language_info', {}).pop('version', None)
     for cell in nb['cells']:
@@ -122,6 +121,10 @@ def tidy(notebook: Path, findings: Findings | None = None) -> str:
             output.get('metadata', {}).pop('papermill', None)
             data = output.get('data', {})
             if 'image/png' in data: data['image/png'] = smaller(data['image/png'])
+            if whole and ''.join(data.get('text/markdown', '')) == whole:
+                output['data'] = {'text/markdown': findings.reasons()}
+    if findings: nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'findings', 'metadata': {'tags': ['findings']},
+                                        'source': '## The answer\n\n' + findings.summary(notebook.stem)})
     text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
     text = re.sub(r'/[^\s"]*/ipykernel_\d+/\d+\.py', 'a cell', text)  # where warnings say they are from
     return text.replace(str(root()) + os.sep, '').replace(os.path.expanduser('~'), '~')

@@ -20,6 +20,7 @@ from ..kit.config import Config, preset, root
 from ..kit.datasets import loaded
 from ..kit.figures import read_findings, read_metrics
 from ..kit.files import UserError, plain, read_json, replacing
+from ..kit.machine import install
 from ..kit.stage import PACKAGE, stored
 from .site import colab_link, read_notebook, repositories
 
@@ -28,7 +29,7 @@ HERE = Path(__file__).parent
 
 def build_site(run: Path, to: Path, book: list) -> Path:  # run folder; site's folder; chapters
     "Build the site and return its first page. Raise `UserError` if it can't be built, or a link in it leads nowhere."
-    if not find_spec('jupyter_book'): raise UserError("The site needs jupyter-book: pip install 'dinocls[site]'.")
+    if not find_spec('jupyter_book'): raise UserError(f'The site needs jupyter-book: {install("site")}.')
     if to.is_dir() and any(to.iterdir()) and not (to/'searchindex.js').is_file():
         raise UserError(f'{to} holds something else than a site: choose a new or empty folder with --to.')
     lacking = [c.name for c in book if not (run/f'{c.name}.ipynb').is_file()]
@@ -287,7 +288,7 @@ def play_data(cfg: Config) -> dict:
         if r['metric'].startswith('corruption:') and isinstance(r['severity'], int):
             place = found['corruptions'].setdefault(r['metric'][11:].replace('_', ' '), [])
             place.append([round(r[k], 4) for k in ('value', 'low', 'high')])
-    return found | (read_json(answers) if answers.is_file() else stored_answers(cfg) | stored_attention(cfg))
+    return found | (read_json(answers) if answers.is_file() else {})  # none where chapters 6 and 11 were not executed
 
 
 PLAY = {  # what can be moved → its heading, chapter and figure that stand for it where no script runs

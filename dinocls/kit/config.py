@@ -32,6 +32,7 @@ Whole = Annotated[int, BeforeValidator(_whole_number)]
 Size = Annotated[Whole, Field(ge=0)]
 Count = Annotated[Whole, Field(ge=1)]
 Width = Annotated[Whole, Field(ge=1, le=2**14)]
+Rank = Annotated[Whole, Field(ge=0, le=2**14)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -78,7 +79,7 @@ class ModelConfig:
 class AugmentConfig:
     "How training images are varied, at their native size."
     flip: bool = True  # mirror half of the images
-    crop: Size = 4  # padded crop: largest shift in pixels
+    crop: Annotated[Whole, Field(ge=0, le=2**10)] = 4  # padded crop: largest shift in pixels
     brightness: Part = 0.2  # factor drawn from 1 ± this
     contrast: Part = 0.2  # factor drawn from 1 ± this
     saturation: Part = 0.2  # factor drawn from 1 ± this
@@ -124,7 +125,7 @@ class Phase2Config:
     lr_backbone: Amount = 1e-6  # peak rate of the backbone
     lr_head: Amount = 1e-4  # peak rate of the head
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # factor on the backbone's rate per block away from the head
-    lora_rank: Size = 0  # rank of LoRA's matrices, trained in place of the backbone's weights; 0: all weights
+    lora_rank: Rank = 0  # rank of LoRA's matrices, trained in place of the backbone's weights; 0: all weights
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class RunConfig:
     checkpoint_every: Count = 5  # epochs between checkpoints
     checkpoint_minutes: Amount = 10.0  # minutes between checkpoints, within an epoch as well
     at_once: Count = 1  # trainings of a study side by side on each device: a small model leaves a GPU idle
+    cluster: Literal['none', 'ray', 'dask'] = 'none'  # where the trainings of a study go, instead of this machine
     bad_steps: Count = 10  # steps in a row without a finite gradient, after which training stops
     keep: bool = False  # take stored results of other code or data all the same, and say so
 
@@ -189,7 +191,7 @@ class PretrainConfig:
     pretrain_lr: Amount = 1e-3  # peak rate
     projection: Widths = (512, 64)  # widths of the projection head: hidden, bottleneck
     contrast_temperature: Positive = 0.2  # of SimCLR: the smaller, the more the closest strangers count
-    prototypes: Count = 1024  # outputs of the student's head
+    prototypes: Annotated[Whole, Field(ge=1, le=2**20)] = 1024  # outputs of the student's head
     centring: Literal['sinkhorn', 'mean'] = 'sinkhorn'  # what keeps the teacher from one answer for all
     teacher_temperature: Positive = 0.05  # below the student's 0.1: the teacher is surer
     teacher_momentum: Annotated[float, Field(gt=0, lt=1)] = 0.99  # of the teacher, at the beginning

@@ -230,8 +230,8 @@ def _from_files(name: str, root: Path, parts: dict, classes: list, on_broken: st
     part_of = np.repeat(list(parts), [len(p) for p in parts.values()])[kept]
     labels = np.array([label for _, label in listed], np.int64)[kept]
     splits = {p: np.flatnonzero(part_of == p) for p in parts if (part_of == p).any()}
-    return Dataset(name, images[kept] if broken else images, labels, classes, splits,
-                   tuple(names[i] for i in kept), tuple(names[i] for i in broken), pixels)
+    return Dataset(name, images, labels, classes, splits, tuple(names[i] for i in kept),
+                   tuple(names[i] for i in broken), pixels)
 
 
 def _broken(root: Path, names: list, broken: dict) -> str:

@@ -54,15 +54,19 @@ MARKS = {True: '✓', False: '✗', None: '?'}
 
 class Findings(dict):
     "What a chapter found: the answer to its question, the claims behind it, and what the run leaves open."
-    def _repr_markdown_(self): return self.markdown()
+    def _repr_markdown_(self): return f'{self.summary()}\n\n{self.reasons()}'.strip()
 
-    def markdown(self, folder: str = '') -> str:
-        "Write the findings as Markdown; with a folder, that of the chapter's figures, the key figure is shown as well."
-        figure = f'![{self["alt"]}]({folder}/{self["figure"]}.png)' if folder and self['figure'] else ''
+    def summary(self, folder: str = '') -> str:
+        "Write the answer as Markdown; with a folder, that of the chapter's figures, the key figure below it."
+        figure = f'\n\n![{self["alt"]}]({folder}/{self["figure"]}.png)' if folder and self['figure'] else ''
+        return f'**{self["answer"]}**{figure}'
+
+    def reasons(self) -> str:
+        "Write as Markdown what stands behind the answer: claims, what the run leaves open, what would change it."
         claims = '\n'.join(f'- {MARKS[c["holds"]]} {c["claim"]} ({c["evidence"]})' for c in self['claims'])
         untold = self['untold'] and f'**What this run can\'t tell.** {self["untold"]}'
         change = self['change'] and f'**What would change the answer.** {self["change"]}'
-        return '\n\n'.join(filter(None, (f'**{self["answer"]}**', figure, claims, untold, change)))
+        return '\n\n'.join(filter(None, (claims, untold, change)))
 
 
 def write_findings(cfg: Config, chapter: str,  # as in '05_phase1'

@@ -1,4 +1,4 @@
-"Many stages at once, through joblib: a process for each device here, or the workers of a cluster that is registered."
+"Many stages at once: a process for each device here, through joblib, or the workers of a cluster."
 import contextlib
 import dataclasses
 import importlib
@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 
+from .cluster import attempt, on_cluster
 from .config import FIELDS
-from .files import UserError, locked, reason
+from .files import UserError, locked
 from .machine import cores, memory_free
 from .stage import PACKAGE, STAGES, Result, code, code_digests, open_run
 
@@ -21,8 +22,10 @@ def run_stages(stage,  # a `Stage`
     order. Raise `UserError` that names those that failed, once the others are stored."""
     todo = [getattr(c, '_cfg', c) for c in cfgs if not stage.is_done(c)]
     if devices is None: devices = _devices(todo)
-    if min(len(devices), len(todo)) > 1 and (home := _home(stage)): failed = _in_workers(stage, home, todo, devices)
-    else: failed = [(c, why) for c in todo if (why := _attempt(stage, c))]
+    away = bool(todo) and todo[0].cluster != 'none' and not _launched()
+    home = _home(stage) if away or min(len(devices), len(todo)) > 1 else ''
+    if home: failed = on_cluster(stage, home, todo) if away else _in_workers(stage, home, todo, devices)
+    else: failed = [(c, why) for c in todo if (why := attempt(stage, c))]
     if failed:
         raise UserError(f'{stage.name} failed for {len(failed)} of {len(cfgs)} configurations, the others are stored: '
                         + '; '.join(f'{_apart(c, cfgs)}: {why}' for c, why in failed) + '.')
@@ -40,18 +43,16 @@ def _devices(cfgs: list) -> list[str]:
     """Return the devices that may share the work: each GPU `at_once` times, or the CPU; none if there is nothing to
     share, a configuration names its device, or a launcher has shared it."""
     if len(cfgs) < 2 or any(c.device not in ('auto', 'cuda') for c in cfgs): return []
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: return []
+    if _launched(): return []
     import torch
     torch.cuda.empty_cache()  # a worker may need what this process keeps for later
     gpus, most = [f'cuda:{i}' for i in range(torch.cuda.device_count())], cfgs[0].at_once
     return gpus * most or ['auto'] * max(1, min(most, memory_free() // 2**31))  # 2 GB for each process
 
 
-def _attempt(stage, cfg) -> str:
-    "Compute a stage; return what went wrong, or nothing."
-    try: stage(cfg)
-    except Exception as e: return str(e).rstrip('.') if isinstance(e, UserError) else f'{type(e).__name__}: {reason(e)}'
-    return ''
+def _launched() -> bool:
+    "Tell whether a launcher has started several processes of which this is one."
+    return int(os.environ.get('WORLD_SIZE', 1)) > 1
 
 
 def _apart(cfg, cfgs: list) -> str:
@@ -83,7 +84,7 @@ def _work(module: str, name: str, cfg, devices: list, first: int) -> str:
     importlib.import_module(module)
     if torch := sys.modules.get('torch'):  # more threads than cores wait for each other, ten times as long as they work
         torch.set_num_threads(max(1, cores() // len(devices)))
-    with _free(devices, cfg.folder) as device: return _attempt(STAGES[name], dataclasses.replace(cfg, device=device))
+    with _free(devices, cfg.folder) as device: return attempt(STAGES[name], dataclasses.replace(cfg, device=device))
 
 
 def _follow(first: int):

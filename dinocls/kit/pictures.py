@@ -182,19 +182,28 @@ def _sizes(files: list) -> list:
 
 
 def _decode_into(files: list, side: int, make) -> tuple[np.ndarray, dict]:  # make: shape → array
-    "Decode files into an array (n, height, width, 3), all of one size; return it, and which are broken."
+    "Decode files into an array (n, height, width, 3), all of one size, without the broken ones; return it, and those."
     for file in files:
         with contextlib.suppress(Exception):
             size = decode(file).size
             break
-    else: return (images := make((len(files), 1, 1, 3))), _fill(files, None, images)
+    else: return _filled(make((len(files), 1, 1, 3)), files, None)
     least = min(side or min(size), *size)
     width, height = (max(1, round(n * least / min(size))) for n in size)
-    try: return (images := make((len(files), height, width, 3))), _fill(files, size, images)
+    try: return _filled(make((len(files), height, width, 3)), files, size)
     except _Mixed: pass  # seldom known before some are decoded, and then soon
     least = int(np.median([min(s) for s in _sizes(files)]))
     least = min(side or least, least)
-    return (images := make((len(files), least, least, 3))), _fill(files, None, images)
+    return _filled(make((len(files), least, least, 3)), files, None)
+
+
+def _filled(images: np.ndarray, files: list, size: tuple | None) -> tuple[np.ndarray, dict]:
+    "Decode files as `_fill` does, and close the gaps that broken ones leave, without a copy that memory may not hold."
+    broken = _fill(files, size, images)
+    if len(broken) in (0, len(files)): return images, broken
+    whole = [i for i in range(len(files)) if i not in broken]
+    for row, i in enumerate(whole): images[row] = images[i]
+    return images[:len(whole)], broken
 
 
 CACHE_FROM = 2**20  # bytes of files
@@ -210,8 +219,8 @@ def _in_memory(shape):
 
 def decoded(root: Path, files: list,
             side: int = 0) -> tuple[np.ndarray, dict, str]:  # uint8 (n, h, w, 3); index → why it can't be read; SHA-256
-    """Decode files under `root`, or open what an earlier process decoded. Larger pictures are shrunk until their
-    shorter side has `side` pixels; 0: none is."""
+    """Decode the files under `root` that can be read, or open what an earlier process decoded. Larger pictures are
+    shrunk until their shorter side has `side` pixels; 0: none is."""
     import PIL
     def in_memory():
         images, broken = _decode_into(files, side, _in_memory)
@@ -219,7 +228,7 @@ def decoded(root: Path, files: list,
     try: seen = [(str(f.relative_to(root)), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
     except OSError as e: raise _not_now(e.filename, e) from None
     if sum(size for _, size, _, _ in seen) < CACHE_FROM: return in_memory()
-    name = f'{digest(str(root.resolve()))[:12]}-{digest([2, PIL.__version__, side, BACKGROUND, seen])[:20]}.rgb'
+    name = f'{digest(str(root.resolve()))[:12]}-{digest([3, PIL.__version__, side, BACKGROUND, seen])[:20]}.rgb'
     file = data_folder()/'decoded'/name
     if found := _open_cache(file): return found
     try:
@@ -258,8 +267,9 @@ def _write_cache(file: Path, files: list, side: int) -> tuple:
     with replacing(file) as tmp:
         images, broken = _decode_into(files, side, make)
         images.flush()
-        shape = images.shape
+        shape, size = images.shape, images.nbytes
         del images
+        os.truncate(tmp, size)
     about = {'shape': shape, 'broken': broken, 'sha256': file_digest(file), 'stamp': _stamp(file)}
     about = json.loads(json.dumps(about))  # as it will be read
     write_json(file.with_suffix('.json'), [digest(about), about])  # last: it says that all is there

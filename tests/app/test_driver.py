@@ -15,6 +15,7 @@ from PIL import Image
 
 from dinocls.app import driver
 from dinocls.kit.config import preset
+from dinocls.kit.figures import claim, write_findings
 from dinocls.kit.files import UserError
 from dinocls.kit.stage import STAGES
 
@@ -105,6 +106,20 @@ def test_pictures_are_shrunk_to_256_colours_if_that_is_shorter():
     Image.linear_gradient('L').convert('RGB').save(file := io.BytesIO(), 'PNG')
     small = driver.smaller(base64.b64encode(file.getvalue()).decode())
     assert Image.open(io.BytesIO(base64.b64decode(small))).size == (256, 256) and driver.smaller(small) == small
+
+
+def test_an_executed_chapter_answers_once_on_top_and_gives_its_reasons_at_the_end(book):
+    chapter(book, '01_first', "write_findings(cfg, '01_first', 'Yes.')")
+    cfg, (first,) = preset('smoke', out=str(book/'run')), driver.chapters()
+    found = write_findings(cfg, first.name, 'Yes.', [claim('It holds', True, 'n = 9')], 'bars', 'Bars', 'the rest')
+    nb = json.loads(first.path.read_text())
+    shown = {'text/markdown': found._repr_markdown_().splitlines(keepends=True), 'text/plain': [str(found)]}
+    nb['cells'][-1]['outputs'] = [{'output_type': 'execute_result', 'data': shown, 'metadata': {}}]
+    first.path.write_text(json.dumps(nb))
+    top, end = ((cells := json.loads(driver.tidy(first.path, found))['cells'])[i] for i in (1, -1))
+    assert top['source'] == '## The answer\n\n**Yes.**\n\n![Bars](01_first/bars.png)'
+    assert end['outputs'][0]['data'] == {'text/markdown': found.reasons()} and '- ✓ It holds' in found.reasons()
+    assert len(cells) == len(nb['cells']) + 1 and 'Yes' not in found.reasons()
 
 
 @pytest.mark.slow
@@ -233,16 +248,6 @@ def test_stale_results_are_computed_anew_or_kept_and_marked(book, in_process):
     text, said = run(2)
     assert 'thrown 2 kept: \\n' in text and 'dice is computed anew: the code of __main__ has changed since' in text
     assert 'is kept' not in said
-
-
-@pytest.mark.slow
-def test_a_second_run_finds_everything_current(tmp_path, in_process):
-    args = ('run', '-p', 'smoke', '--out', tmp_path/'run', '--chapters', '2')
-    first = in_process(*args)
-    assert first.returncode == 0, first
-    assert (tmp_path/'run'/'02_augment'/'batch.png').exists()
-    second = in_process(*args)
-    assert '02_augment is current' in second.stdout and os.path.join('run', 'index.html') in second.stdout
 
 
 def test_a_chapter_whose_outputs_are_damaged_is_not_current(book):

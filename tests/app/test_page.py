@@ -36,6 +36,14 @@ def test_page_and_api_ask_for_the_same_key(model):
         assert 'What is in this picture?' in client.get('/', auth=('', 'secret')).text
 
 
+def test_it_keeps_no_sessions_and_no_files(client):
+    "No event of anybody can break it for others, and no file is kept for them: there is nothing to send them to."
+    for path in ('/queue/join', '/gradio_api/queue/join', '/run/predict', '/upload', '/gradio_api/upload'):
+        for sent in ({'json': {'data': [], 'fn_index': 0, 'session_hash': ''}}, {'files': {'files': PNG}}):
+            sentence(client.post(path, **sent), 404)
+    assert client.post('/look', content=PNG, headers=KIND).status_code == 200
+
+
 def test_where_it_looks(model):
     square = np.zeros((*model.native, 3), np.uint8)
     seen = attention_picture(model, square)

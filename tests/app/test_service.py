@@ -207,6 +207,14 @@ def test_bodies_of_all_requests_together_are_bounded(model):
     assert {r.status_code for r in got} == {200, 429} and app.state.service.memory == 0
 
 
+def test_nothing_that_was_sent_is_written_to_disk(model, monkeypatch):
+    "Else a kill would leave it behind."
+    monkeypatch.setattr('tempfile.SpooledTemporaryFile.rollover', lambda *_: pytest.fail('written'))
+    with serving(model, page=True) as client:
+        for path in ('/predict', '/look', '/predict/batch'):
+            assert client.post(path, files={'file': PNG + bytes(2**22)}).status_code == 200
+
+
 def test_pixels_and_counts(model):
     with serving(model, max_pixels=1024, max_count=3) as client:
         assert client.post('/predict', content=PNG, headers=KIND).status_code == 200
@@ -231,6 +239,7 @@ def test_formats_that_no_client_needs_are_not_opened(kind):
     assert refusal.value.status == 422
 
 
+@pytest.mark.slow
 def test_a_picture_that_takes_too_much_ends_its_reader_alone(model):
     "Either by time, which the system counts, or by memory; in a batch, too, the others are answered."
     with serving(model, readers=2, reader_seconds=1, reader_memory=2**26) as client:
@@ -241,6 +250,7 @@ def test_a_picture_that_takes_too_much_ends_its_reader_alone(model):
         assert client.app.state.service.batcher.held == 0
 
 
+@pytest.mark.slow
 def test_a_reader_ends_with_the_time_of_its_request(model):
     "Nobody goes on decoding for a client that was told to come back."
     with serving(model, readers=1, reader_seconds=60, timeout=2) as client:
@@ -544,6 +554,12 @@ def test_connections_that_keep_it_waiting_deny_nothing(crowded, begin):
             with contextlib.suppress(OSError):
                 while connection.recv(65536): pass
         assert time.monotonic() - began < 10
+
+
+def test_half_of_the_files_that_may_be_open_are_for_others(model, monkeypatch):
+    monkeypatch.setattr('resource.getrlimit', lambda _: (100, 100))
+    app = create_app(model, page=False)
+    assert Server(app, None).most == 50 and Limits().max_connections == 512
 
 
 class Wordy:

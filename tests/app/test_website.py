@@ -154,8 +154,8 @@ def test_a_run_keeps_its_answers_and_the_glossary_beside_the_chapters(run, monke
     assert data == kept | {'temperature': 0.5, 'clean': 0.9, 'corruptions': {'gaussian noise': [[0.8, 0.7, 0.85]]}}
     arrays['test_logits'], arrays['test_labels'] = np.zeros((10_000, 100)), np.zeros(10_000, int)
     monkeypatch.setattr(website, 'stored', lambda folder, name: [Made(7)])
-    (run/'play.json').unlink()
-    assert 0 < len(json.dumps(website.play_data(cfg))) < 200_000
+    website.write_beside(cfg)
+    assert 0 < (run/'play.json').stat().st_size < 200_000
 
 
 def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
@@ -175,7 +175,7 @@ def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(tmp_path):
 
 def test_what_can_be_refused_is_refused_first(run, in_process, monkeypatch, tmp_path):
     monkeypatch.setattr(website, 'find_spec', lambda name: None)
-    refused(in_process('site'), 'jupyter-book', 'dinocls[site]')
+    refused(in_process('site'), 'jupyter-book', "pip install '.[site]'")
     monkeypatch.setattr(website, 'find_spec', lambda name: True)
     refused(in_process('site', '--run', run, '--to', run), 'holds something else')
     (run/'02_last.ipynb').unlink()
@@ -185,22 +185,21 @@ def test_what_can_be_refused_is_refused_first(run, in_process, monkeypatch, tmp_
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec('jupyter_book'), reason='jupyter-book is not installed: the extra site brings it')
 @pytest.mark.parametrize('of', ['a small run', 'the committed run'])
-def test_the_site_is_built_whole_and_again_in_its_place(run, tmp_path, monkeypatch, of):
+def test_the_site_is_built_whole_in_the_place_of_the_one_before(run, tmp_path, monkeypatch, of):
     if of == 'the committed run':
         monkeypatch.delenv('DINOCLS_HOME')
         run = ROOT/RECORD
     book, to = chapters(), tmp_path/'site'
+    to.mkdir()
+    for name in ('searchindex.js', 'old.html'): (to/name).touch()  # of a site that is there
     page = website.build_site(run, to, book)
+    assert (to/'searchindex.js').stat().st_size and not (to/'old.html').exists()
     assert page.read_text().count('sd-card-img-top') == (1 if of == 'a small run' else 8)
     for c in book:
         text = (to/f'{c.name}.html').read_text()
         assert f'href="{c.name}.ipynb"' in text and not re.findall('<img(?![^>]*alt="[^"]+)[^>]*>', text)
     assert 'id="ema"' in (to/'glossary.html').read_text() and (to/'play-data.js').stat().st_size < 200_000
     assert not any('mathjax' in p.read_text().lower() for p in to.glob('*.html'))
-    (to/'old.html').write_text('')
-    if of == 'a small run':
-        website.build_site(run, to, book)
-        assert not (to/'old.html').exists()
 
 
 @pytest.mark.skipif(not shutil.which('node'), reason='there is no node to run it')

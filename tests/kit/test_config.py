@@ -77,6 +77,7 @@ def test_the_top_of_the_package_is_light():
     ('seed', '1e400', 'a whole number'), ('seed', float('inf'), 'a whole number'), ('lr_head', 'inf', 'number'),
     ('head_widths', [10**6] * 3, 'at most 16384'), ('head_widths', str([1] * 10**4), 'at most'),
     ('lr_pairs', '(' * 500, 'a list of numbers'), ('image_size', 10**10, 'at most'), ('flip', 2, 'true or false'),
+    ('prototypes', '1e18', 'at most 1048576'), ('lora_rank', 10**9, 'at most 16384'), ('crop', 1e9, 'at most 1024'),
     ('head_dropout', '(2, 1, 1)', 'below 1'), ('weights', None, 'expected text')])
 def test_forged_values_are_told_in_a_short_sentence(field, value, words):
     with pytest.raises(UserError) as error: preset('quick', **{field: value})

@@ -331,6 +331,7 @@ def test_processes_that_want_the_same_wait_for_one_another(small, tmp_path, monk
 
 # --- CIFAR-10 itself ---
 
+@pytest.mark.slow
 def test_cifar10_is_the_publishers(real):
     train, test = (real.labels[real.splits[s]] for s in ('train', 'test'))
     assert real.images.shape == (60_000, 32, 32, 3) and real.images.flags.c_contiguous
@@ -346,6 +347,7 @@ def test_cifar10_is_the_publishers(real):
         assert real.classes[real.labels[one]] == {'train': 'frog', 'test': 'cat'}[part]
 
 
+@pytest.mark.slow
 def test_the_python_version_holds_the_same(real, tmp_path, monkeypatch):
     "The publisher's pickles cannot be made again byte for byte; what they hold is proved by the binary's checksums."
     (folder := tmp_path/'cifar-10-batches-py').mkdir()

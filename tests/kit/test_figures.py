@@ -37,9 +37,10 @@ def test_findings_answer_first_and_carry_their_claims(cfg):
     told = [figures.claim('phase 2 does no harm', True, '+12 images of 900')]
     found = figures.write_findings(cfg, '06_phase2', 'Yes, by 3 points.', told, 'ways', 'Bars', change='more labels')
     assert figures.read_findings(cfg) == {'06_phase2': found} and figures.read_claims(cfg) == {'06_phase2': told}
-    assert '![Bars](06_phase2/ways.png)' in found.markdown('06_phase2') and '![' not in found._repr_markdown_()
-    assert found.markdown().splitlines()[0] == '**Yes, by 3 points.**' and '- ✓ phase 2' in found.markdown()
-    assert 'can\'t tell' not in found.markdown() and 'more labels' in found.markdown()
+    shown = found._repr_markdown_()
+    assert found.summary('06_phase2') == '**Yes, by 3 points.**\n\n![Bars](06_phase2/ways.png)' and '![' not in shown
+    assert shown.splitlines()[0] == '**Yes, by 3 points.**' and '- ✓ phase 2' in shown
+    assert 'can\'t tell' not in shown and 'more labels' in shown and 'by 3 points' not in found.reasons()
 
 
 def test_a_figure_says_what_it_shows_and_lines_are_drawn_as_vectors_too(cfg):

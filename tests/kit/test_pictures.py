@@ -113,6 +113,17 @@ def test_broken_files_are_listed_or_skipped(tmp_path):
     with pytest.raises(UserError, match="did you mean 'skip'"): config.preset('smoke', on_broken='skp')
 
 
+def test_broken_files_cost_no_copy_in_memory(tmp_path, monkeypatch):
+    place = picture_folder(tmp_path/'set', 10)
+    for name in ('train/a/000.png', 'train/b/004.png', 'test/a/000.png'): (place/name).write_bytes(b'text')
+    small = load_dataset('imagefolder', place, on_broken='skip')
+    monkeypatch.setattr(pictures, 'CACHE_FROM', 1)
+    for _ in range(2):  # decoded, and read again
+        found = load_dataset('imagefolder', place, on_broken='skip')
+        assert isinstance(found.images, np.memmap) and found.files == small.files and len(found.files) == 27
+        assert (found.images == small.images).all() and found.fingerprint == small.fingerprint
+
+
 def test_images_are_decoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, 'CACHE_FROM', 1)
     place, count = picture_folder(tmp_path/'set'), []
