@@ -35,6 +35,7 @@ def test_what_can_be_refused_is_refused_before_a_model_is_made(tmp_path, monkeyp
     out = ('--out', tmp_path/'run')
     refused(in_process('serve', '--limit', 'max_quee=3', *out), "did you mean 'max_queue'")
     refused(in_process('serve', '--port', '99999', *out), 'Cannot listen')
+    refused(in_process('run', '--backend', 'rai', *out), "Unknown cluster 'rai'", "did you mean 'ray'")
     monkeypatch.setattr('dinocls.kit.engines.lacking', lambda *_: 'needs onnx')
     refused(in_process('export', 'onnx', *out), 'needs onnx')
     assert not (tmp_path/'run').exists()

@@ -89,7 +89,7 @@ def test_a_large_model_has_the_gpu_to_itself():
 def test_parameters_are_what_differs_from_the_preset(tmp_path):
     assert driver.parameters(preset('quick', seed=7)) == {'preset': 'quick', 'overrides': 'seed=7'}
     assert driver.parameters(preset('quick', out=str(tmp_path)))['out'] == str(tmp_path)
-    assert driver.parameters(preset('quick', keep=True))['overrides'] == 'keep=True'
+    assert driver.parameters(preset('quick', keep=True, cluster='ray'))['overrides'] == 'cluster=ray keep=True'
 
 
 def test_a_digest_follows_configuration_and_notebook(book):

@@ -39,6 +39,18 @@ def test_with_the_network_refused_one_sentence_names_the_publisher(name, tmp_pat
             and '\n' not in str(e.value))
 
 
+@pytest.mark.parametrize('name, file, checksum', [
+    ('cifar10', 'cifar-10-python.tar.gz', 'c58f30108f718f92721af3b95e74349a'),
+    ('cifar100', 'cifar-100-python.tar.gz', 'eb9058c3a382ffc7106e4002c42a8d85'),
+    ('stl10', 'stl10_binary.tar.gz', '91f7769df0f17e558f3565bffb0c7dfb'),
+    ('tiny-imagenet', 'tiny-imagenet-200.zip', '6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821')])
+def test_an_archive_is_the_publishers_or_it_is_refused(name, file, checksum, tmp_path):
+    known = datasets.archive(name)
+    assert (known.file, known.checksum) == (file, checksum)
+    (tmp_path/file).write_bytes(b'another file of this name')
+    with pytest.raises(UserError, match=f'{file}.* damaged'): load_dataset(name, tmp_path)
+
+
 def test_digits_need_no_network(asked_for):
     assert len(load_dataset('digits').images) == 1797 and not asked_for
 
