@@ -113,10 +113,11 @@ def of_which_commit(folder: Path, book: list) -> str:  # run folder; chapters
 
 
 def chapter_table(book: list, found: dict, repo: dict) -> str:  # chapters; name → findings
-    "Return the README's table of chapters, each with its key figure, linked to its executed copy in the record."
+    "Return the README's table of chapters, each with its key figure, linked to its executed copy in the record if any."
     rows = []
     for c in book:
         page, told = f'{RECORD}/{c.name}.ipynb', found.get(c.name, {})
+        if not (root()/page).is_file(): page = f'nbs/{c.name}.ipynb'
         alt = told.get('alt', '').replace('|', ', ').replace('"', '')
         picture = told.get('figure') and f'<img src="{RECORD}/{c.name}/{told["figure"]}.png" width="180" alt="{alt}">'
         rows.append(f'| {picture or ""} | **[{c.name.partition("_")[0]} {c.title}]({page})**<br>{c.claim} | '

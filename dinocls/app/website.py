@@ -32,8 +32,8 @@ def build_site(run: Path, to: Path, book: list) -> Path:  # run folder; site's f
     if not find_spec('jupyter_book'): raise UserError(f'The site needs jupyter-book: {install("site")}.')
     if to.is_dir() and any(to.iterdir()) and not (to/'searchindex.js').is_file():
         raise UserError(f'{to} holds something else than a site: choose a new or empty folder with --to.')
-    lacking = [c.name for c in book if not (run/f'{c.name}.ipynb').is_file()]
-    if lacking: raise UserError(f'{run} lacks {", ".join(lacking)}: execute the whole book first (dinocls run).')
+    if not any((run/f'{c.name}.ipynb').is_file() for c in book):
+        raise UserError(f'{run} holds no executed chapter: execute the book first (dinocls run).')
     with TemporaryDirectory() as tmp:
         source, built = Path(tmp), Path(tmp)/'_build'/'html'
         write_sources(run, source, book)
@@ -130,8 +130,10 @@ def figures(run: Path, chapter: str) -> dict:  # file's name → title, descript
 
 def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; book.json
     """Return an executed chapter as a page: links and how it was executed below the title, directives and badges away,
-    and each picture with the description that its file has, else with the sentence before it."""
-    nb, drawn, said = read_notebook(run/f'{c.name}.ipynb'), figures(run, c.name), c.title
+    and each picture with the description that its file has, else with the sentence before it. Where the run lacks the
+    chapter, its source is shown."""
+    copy = run/f'{c.name}.ipynb'
+    nb, drawn, said = read_notebook(copy if copy.is_file() else c.path), figures(run, c.name), c.title
     colab, source = colab_link(c.name, repositories()[0]), github(c.name)
     for cell in nb['cells']:
         text, tags = ''.join(cell['source']), cell['metadata'].setdefault('tags', [])
@@ -149,7 +151,7 @@ def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; boo
     done = record['chapters'].get(c.name, {})
     took = f': {done["seconds"]:.0f} s, {done["peak_mb"]:,} MB' if 'seconds' in done else ''
     chips = {'Open in Colab': colab, 'Executed notebook': f'{c.name}.ipynb', 'Source': source,
-             f'Run {run.name}{took}': 'record.html'}
+             f'Run {run.name}{took}' if copy.is_file() else f'Run {run.name} has not executed it': 'record.html'}
     row = ' '.join(f'<a class="chip" href="{url}">{text}</a>' for text, url in chips.items())
     nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'links', 'metadata': {}, 'source': row})
     cells, folded = [], None

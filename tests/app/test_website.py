@@ -94,6 +94,9 @@ def test_a_page_is_the_executed_chapter_with_folds_links_and_descriptions(run):
         "preset: str = 'smoke'"] and 'import math\n\nseed = 7' in text
     alts = [cell['metadata']['mystnb']['image']['alt'] for cell in cells if cell.get('outputs')]
     assert alts == ['A line goes up.', '| | |']  # what the file says, else the text before it
+    (run/f'{c.name}.ipynb').unlink()
+    source = json.loads(website.chapter_page(c, run, record))['cells']
+    assert 'has not executed it' in source[1]['source'] and not any(cell.get('outputs') for cell in source)
 
 
 def test_the_first_page_shows_the_findings_that_could_be_decided():
@@ -178,8 +181,8 @@ def test_what_can_be_refused_is_refused_first(run, in_process, monkeypatch, tmp_
     refused(in_process('site'), 'jupyter-book', "pip install '.[site]'")
     monkeypatch.setattr(website, 'find_spec', lambda name: True)
     refused(in_process('site', '--run', run, '--to', run), 'holds something else')
-    (run/'02_last.ipynb').unlink()
-    refused(in_process('site', '--run', run, '--to', tmp_path/'new'), 'lacks 02_last')
+    for copy in run.glob('*.ipynb'): copy.unlink()
+    refused(in_process('site', '--run', run, '--to', tmp_path/'new'), 'holds no executed chapter')
 
 
 @pytest.mark.slow
