@@ -313,7 +313,7 @@ def results(cfg: Config) -> dict:
         if made not in machines: machines.append(made)
         return {k: record.get(k) for k in STEP} | {
             'fields': {k: v for k, v in record['fields'].items() if v != config.get(k)},  # unlike the run's
-            'files': {name: file['sha256'][:32] for name, file in record['files'].items()},
+            'files': {name: file['sha256'][:16] for name, file in record['files'].items()},
             'machine': machines.index(made), 'code': digest(record['code'])[:12], 'after': sorted(record['after'])}
 
     return {'run': cfg.folder.name, 'version': version(), 'preset': cfg.preset, 'config': config,
