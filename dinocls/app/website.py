@@ -85,7 +85,8 @@ def write_sources(run: Path, source: Path, book: list):
     for file in run.glob('*/[!.]*.png'):
         (source/file.parent.name).mkdir(exist_ok=True)
         shutil.copy(file, source/file.parent.name)
-    for c in book: shutil.copy(run/f'{c.name}.ipynb', source/'data')  # as it was executed
+    for c in book:  # as it was executed
+        if (run/f'{c.name}.ipynb').is_file(): shutil.copy(run/f'{c.name}.ipynb', source/'data')
     shutil.copy(root()/'nbs'/'glossary.md', source)
     shutil.copy(HERE/'web'/'play.js', source/'data')
     (source/'_static').mkdir()
@@ -152,6 +153,7 @@ def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; boo
     took = f': {done["seconds"]:.0f} s, {done["peak_mb"]:,} MB' if 'seconds' in done else ''
     chips = {'Open in Colab': colab, 'Executed notebook': f'{c.name}.ipynb', 'Source': source,
              f'Run {run.name}{took}' if copy.is_file() else f'Run {run.name} has not executed it': 'record.html'}
+    if not copy.is_file(): del chips['Executed notebook']
     row = ' '.join(f'<a class="chip" href="{url}">{text}</a>' for text, url in chips.items())
     nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'links', 'metadata': {}, 'source': row})
     cells, folded = [], None

@@ -101,6 +101,7 @@ def offline(tmp_path, monkeypatch):
     npm(tmp_path/'bin', monkeypatch, 'echo "npm error The registry is closed for the test" >&2; exit 1')
     monkeypatch.setenv('DINOCLS_DATA', str(tmp_path))
     for name in ('http_proxy', 'https_proxy'): monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    monkeypatch.setattr('urllib.request._opener', None)  # it asks for the proxies once in a process
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
 
 
