@@ -200,7 +200,8 @@ def test_the_site_is_built_whole_in_the_place_of_the_one_before(run, tmp_path, m
     assert page.read_text().count('sd-card-img-top') == (1 if of == 'a small run' else 8)
     for c in book:
         text = (to/f'{c.name}.html').read_text()
-        assert f'href="{c.name}.ipynb"' in text and not re.findall('<img(?![^>]*alt="[^"]+)[^>]*>', text)
+        assert (f'href="{c.name}.ipynb"' in text) == (run/f'{c.name}.ipynb').is_file()
+        assert not re.findall('<img(?![^>]*alt="[^"]+)[^>]*>', text)
     assert 'id="ema"' in (to/'glossary.html').read_text() and (to/'play-data.js').stat().st_size < 200_000
     assert not any('mathjax' in p.read_text().lower() for p in to.glob('*.html'))
 
