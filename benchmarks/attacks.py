@@ -1,6 +1,6 @@
 """Does the service stand what once took it down, and is what was stored and changed since ever used?
 
-    python benchmarks/attacks.py          writes attacks.md beside this file; about 6 minutes on 2 cores
+    python benchmarks/attacks.py          writes attacks.md beside this file
     python benchmarks/attacks.py a c f    prints these alone
 
 `dinocls serve` answers with the model of the preset smoke and limits as they come, and may open 1024 files. While it is

@@ -2,7 +2,7 @@
 folders of pictures take?
 
     .venv/bin/python benchmarks/faults.py [kills] [phase2_epochs]     writes benchmarks/faults.md; about 6 minutes on 2 cores
-    .venv/bin/python benchmarks/faults.py folders     writes its last part anew; about 15 minutes and 4 GB of disk
+    .venv/bin/python benchmarks/faults.py folders     writes its last part anew; some GB of disk
 
 `dinocls stage phase2 -p smoke` is killed by SIGKILL at random moments and started again until it ends: five times of six after it has written a
 checkpoint, else while it starts. If it ends before all kills are done, another round begins with another seed. After every fifth kill a random bit of the newest

@@ -324,7 +324,7 @@ PRESETS = {
     'smoke': Preset('tests: each chapter in seconds', '2 min for the book on 2 CPU cores, no network',
                     'every cell runs; the scores mean nothing', _SMOKE),
     'quick': Preset('the embedded default: real digits, ten labels a class',
-                    '8 min on 2 CPU cores with AMX; no network',
+                    '13 min on 2 CPU cores with AMX beside light work; no network',
                     'a small ViT, pre-trained without labels: about 93 % on 900 test digits', _QUICK),
     'laptop': Preset('CIFAR-10 itself on two cores: 2,500 labels, all 10,000 test images',
                      'about an hour on 2 CPU cores with AMX: 68 min beside light work with two seeds and members, not '
