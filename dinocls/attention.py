@@ -176,6 +176,7 @@ def stratified(labels: np.ndarray,  # (n,)
 def _by_batch(inspect, model: nn.Module, images: Tensor, cfg) -> list[np.ndarray]:
     "Apply a function of prepared images that returns tensors, in batches whose weights take a quarter of a gigabyte."
     body, where = getattr(model, 'backbone', model), next(model.parameters()).device
+    _check(body, preprocess(images[:1].to(where), cfg))
     tokens = body.num_prefix_tokens + math.prod(body.patch_embed.grid_size)
     size = max(1, min(256, 2**26 // (body.blocks[0].attn.num_heads * tokens ** 2)))
     with autocast(cfg, where):

@@ -300,10 +300,13 @@ def param_groups(model: Classifier, lr_backbone: float, lr_head: float, weight_d
 
 # %% ../nbs/03_model.ipynb #e47c2c5a
 def add_lora(model: Classifier, rank: int) -> Classifier:
-    "Freeze the backbone's weights and train low-rank matrices beside them, in place. Raise `UserError` without peft."
+    """Freeze the backbone's weights and train low-rank matrices beside them, in place. Raise `UserError` without peft,
+    or without blocks of attention."""
     try: from peft import LoraConfig, inject_adapter_in_model  # takes seconds, hence here
     except ModuleNotFoundError as e: raise UserError(f'LoRA needs {e.name}: {install("lora")}.') from None
     targets = r'blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])'
+    if not any(re.fullmatch(targets, name) for name, _ in model.backbone.named_modules()):
+        raise UserError('LoRA stands beside the weights of attention, and this backbone has none: set lora_rank=0.')
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), model.backbone)
     return model
 

@@ -94,6 +94,9 @@ def test_a_failure_leaves_the_model_as_it_was(fails, x):
                                    ids=['linear', 'no CLS', 'convolutions'])
 def test_other_models_are_refused(other, x):
     with pytest.raises(files.UserError, match='vision transformer'): attention.attention_maps(other, x)
+    stored = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(files.UserError, match='vision transformer'):
+        attention.gather_attention(other, stored, config.preset('smoke'))
 
 
 @pytest.mark.parametrize('body', [vit(), vit(reg_tokens=4), eva()], ids=['plain', 'registers', 'rotary'])

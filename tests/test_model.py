@@ -151,6 +151,11 @@ def test_without_peft_it_says_what_to_install(monkeypatch):
     with pytest.raises(UserError, match=r"pip install '\.\[lora\]'"): add_lora(small('book-digits'), 2)
 
 
+def test_lora_needs_attention():
+    net = Classifier(random_backbone('student-cnn', 32), head(64, 5, (), ()))
+    with pytest.raises(UserError, match='set lora_rank=0'): add_lora(net, 2)
+
+
 def gradients(m, x):
     m.zero_grad()
     m(x).square().mean().backward()
