@@ -38,13 +38,14 @@ def attention_weights(attn: nn.Module,  # an attention module of timm
     return seen[0].float()
 
 # %% ../nbs/11_attention.ipynb #18a4cb2f
-def _check(body: nn.Module, images: Tensor):
-    "Raise `UserError` unless `body` is a vision transformer with a CLS token and `images` are prepared for it."
+def _check(body: nn.Module, images: Tensor | None = None):
+    "Raise `UserError` unless `body` is a vision transformer with a CLS token, and `images`, if any, are prepared for it."
     attn = getattr(body.blocks[-1], 'attn', None) if hasattr(body, 'blocks') else None
     parts = ((body, 'patch_embed'), (attn, 'fused_attn'), (attn, 'attn_drop'))
     if getattr(body, 'cls_token', None) is None or not all(hasattr(*part) for part in parts):
         raise UserError(f'attention_maps needs a vision transformer of timm with a CLS token, or a Classifier around '
                         f'one, not {type(body).__name__}.')
+    if images is None: return
     fixed = body.patch_embed.img_size if body.patch_embed.strict_img_size else None
     fits = isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3
     if not fits or fixed and tuple(images.shape[2:]) != tuple(fixed):
@@ -176,7 +177,7 @@ def stratified(labels: np.ndarray,  # (n,)
 def _by_batch(inspect, model: nn.Module, images: Tensor, cfg) -> list[np.ndarray]:
     "Apply a function of prepared images that returns tensors, in batches whose weights take a quarter of a gigabyte."
     body, where = getattr(model, 'backbone', model), next(model.parameters()).device
-    _check(body, preprocess(images[:1].to(where), cfg))
+    _check(body)
     tokens = body.num_prefix_tokens + math.prod(body.patch_embed.grid_size)
     size = max(1, min(256, 2**26 // (body.blocks[0].attn.num_heads * tokens ** 2)))
     with autocast(cfg, where):
