@@ -39,7 +39,7 @@ def attention_weights(attn: nn.Module,  # an attention module of timm
 
 # %% ../nbs/11_attention.ipynb #18a4cb2f
 def _check(body: nn.Module, images: Tensor | None = None):
-    "Raise `UserError` unless `body` is a vision transformer with a CLS token, and `images`, if any, are prepared for it."
+    "Raise `UserError` unless `body` is a vision transformer with a CLS token and `images`, if given, are prepared."
     attn = getattr(body.blocks[-1], 'attn', None) if hasattr(body, 'blocks') else None
     parts = ((body, 'patch_embed'), (attn, 'fused_attn'), (attn, 'attn_drop'))
     if getattr(body, 'cls_token', None) is None or not all(hasattr(*part) for part in parts):
