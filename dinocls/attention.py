@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attention_weights', 'to_patches', 'attention_maps', 'token_norms', 'outliers', 'rollout', 'attention_distance',
            'inspect_attention', 'gradient_maps', 'map_spread', 'stratified', 'gather_attention', 'attention',
-           'take_away', 'deletion_curve', 'deletion', 'registers', 'draw_maps']
+           'take_away', 'patch_contrast', 'deletion_curve', 'deletion', 'registers', 'draw_maps']
 
 # %% ../nbs/11_attention.ipynb #a314a8cc
 import contextlib
@@ -218,6 +218,10 @@ def take_away(x: Tensor,  # prepared (b, 3, h, w)
     mask = torch.zeros(len(x), 1, math.prod(grid), device=x.device).scatter_(2, gone[:, None], 1).unflatten(2, grid)
     return torch.where(F.interpolate(mask, x.shape[-2:]) > 0, blank, x)
 
+def patch_contrast(x: Tensor, patch: tuple) -> Tensor:  # prepared (n, 3, h, w); rows, cols → (n, patches)
+    "Return the variance of grey within each patch."
+    return F.unfold(x.mean(1, keepdim=True), patch, stride=patch).var(1)
+
 @torch.no_grad()
 def deletion_curve(model: nn.Module, x: Tensor, y: Tensor,  # a `Classifier`; prepared images; true classes (n,)
                    order: Tensor,  # patches in the order in which they go (n, patches)
@@ -240,11 +244,12 @@ def deletion(cfg, folder):
     mean = sum(part.float().sum(0, keepdim=True) for part in train.split(512)) / len(train) / 255
     speaks = torch.cat([gradient_maps(model, a, b) for a, b in zip(x.split(32), y.split(32))]).cpu().numpy()
     maps = {'mean of heads': found['maps'][:, -1].mean(1), 'rollout': found['rollout'], 'gradient-weighted': speaks}
+    maps['most contrast'] = patch_contrast(x, model.backbone.patch_embed.patch_size).cpu().numpy()
     ranked = {name: np.argsort(-m.reshape(len(m), -1), 1, kind='stable') for name, m in maps.items()}
     def curve(order):
         return deletion_curve(model, x, y, torch.from_numpy(order.copy()).to(where), preprocess(mean.to(where), cfg))
     curves = {name: curve(order) for name, order in ranked.items()}
-    curves['least first'] = curve(ranked['mean of heads'][:, ::-1])
+    curves['least attended'] = curve(ranked['mean of heads'][:, ::-1])
     curves['at random'] = curve(rng.permuted(ranked['rollout'], axis=1))
     return {'gradient': speaks, 'orders': [*curves], 'curves': np.stack([*curves.values()])}  # (orders, n, steps + 1)
 
