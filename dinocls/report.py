@@ -171,9 +171,9 @@ COUNTED = ('errors', 'high_confidence_errors', 'low_confidence_errors')
 
 def other_setting(cfg: Config) -> str:
     "Say what of a run's data and model is not the reference's, so that its numbers cannot be compared; '' if all is."
-    other = [value for value, same in ((cfg.dataset, 'cifar10'), (cfg.backbone, 'dinov2_vitb14')) if value != same]
-    other += ['random weights'] * (cfg.weights == 'random')
-    return 'on ' + ', '.join(other) if other else ''
+    other = ((f'on {cfg.dataset}', cfg.dataset != 'cifar10'), ('with random weights', cfg.weights == 'random'),
+             (f'with the backbone {cfg.backbone}', cfg.backbone != 'dinov2_vitb14'))
+    return ', '.join(words for words, unlike in other if unlike)
 
 # %% ../nbs/14_report.ipynb #15f64a3d
 REPORTED_N = 5000  # images in the reference's validation and test parts
@@ -296,7 +296,7 @@ def contradictions() -> list[dict]:
              f'r = {r:.2f} between attention and accuracy has p < 0.05':
                  f'over 10 classes, p = {correlation_p(r, 10):.2f}',
              'the comparison chart shows it first':
-                 f'{len(better)} published models are above {best:.2f} %: {", ".join(better)}'}
+                 f'{len(better)} published models are above {best:.2f} %: {"; ".join(better)}'}
     return [{'claim': claim, 'numbers': numbers} for claim, numbers in found.items()]
 
 # %% ../nbs/14_report.ipynb #b174150f

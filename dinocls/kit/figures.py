@@ -107,7 +107,7 @@ COLOURS = {  # one for each model and representation, through the whole book; Ok
     'raw pixels': '#888888', 'random weights': '#BBBBBB', 'from scratch': '#CC79A7',
     'frozen features': '#0072B2', 'linear probe': '#0072B2', 'k-NN': '#56B4E9', 'phase 1': '#009E73',
     'fine-tuned features': '#D55E00', 'phase 2': '#D55E00', 'ensemble': '#000000', 'test-time augmentation': '#E69F00',
-    'direct': '#CC79A7', 'LoRA': '#E69F00', 'SimCLR': '#332288', 'DINO': '#999933',
+    'direct': '#CC79A7', 'soup': '#882255', 'LoRA': '#E69F00', 'SimCLR': '#332288', 'DINO': '#999933',
     'student': '#117733', 'labels only': '#888888', 'right': '#0072B2', 'wrong': '#D55E00'}
 
 
