@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEANS', 'FRESH', 'disagreement', 'average_predictions', 'pool_members', 'average_weights', 'siblings',
-           'refresh_statistics', 'blend', 'greedy_soup', 'interpolate_weights', 'named_parts', 'model_of', 'ensemble',
-           'soup']
+           'refresh_statistics', 'blend', 'greedy_soup', 'interpolate_weights', 'named_parts', 'ensemble', 'soup']
 
 # %% ../nbs/07_ensemble.ipynb #0c105013
 from itertools import combinations
@@ -112,10 +111,6 @@ def interpolate_weights(cfg, first: dict, last: dict,  # state dicts
 def named_parts(models: dict) -> dict:  # name → scored model
     "Put the names of scored models before the names of their parts, as a stage keeps them."
     return {f'{name}/{k}': v for name, parts in models.items() for k, v in parts.items()}
-
-def model_of(result, name: str) -> dict:
-    "Return one of the models that `named_parts` put together, in the form of `phase2_logits`."
-    return {k.removeprefix(f'{name}/'): result[k] for k in result if k.startswith(f'{name}/')}
 
 @stage
 def ensemble(cfg, folder):

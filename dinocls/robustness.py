@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'FOUR', 'GROUPED', 'evenly', 'all_severities', 'views', 'contenders', 'answers', 'judge', 'with_probes',
-           'robustness', 'share', 'in_points', 'drop', 'correct_answers', 'severity_curve', 'corruption_rows',
-           'error_ratio', 'model_rows', 'answered', 'calibration_rows', 'published_c', 'published_1', 'shift_rows',
-           'published_rows', 'robustness_metrics']
+           'robustness', 'share', 'in_points', 'drop', 'correct_answers', 'corruption_rows', 'error_ratio',
+           'model_rows', 'answered', 'calibration_rows', 'published_c', 'published_1', 'shift_rows', 'published_rows',
+           'robustness_metrics']
 
 # %% ../nbs/12_robustness.ipynb #c6760ba3
 import functools
@@ -133,11 +133,6 @@ def correct_answers(result, model: str, *names: str) -> np.ndarray:  # bool (set
     "Return which answers of a model are right, to clean images or under corruptions at each severity."
     guesses = np.concatenate([result[f'{name}_guess'][list(MODELS).index(model)] for name in names])
     return guesses.reshape(-1, len(result['labels'])) == result['labels']
-
-def severity_curve(result, model: str, *names: str) -> np.ndarray:  # percent (6, 3): clean, then severity 1 to 5
-    "Return a model's accuracy over severities with its interval over images, the mean over corruptions."
-    right = correct_answers(result, model, *names).reshape(len(names), 5, -1).mean(0)
-    return 100 * np.array([mean_interval(x, (0, 1)) for x in (share(correct_answers(result, model, 'clean')), *right)])
 
 # %% ../nbs/12_robustness.ipynb #b8123139
 FOUR = ['gaussian_noise', 'brightness', 'gaussian_blur', 'contrast']  # the reference's
