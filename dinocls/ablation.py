@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW_NAMES', 'MARGIN', 'DECAYS', 'turned_off', 'add_rows', 'leave_rows', 'studied', 'in_half', 'cross_fitted', 'grid',
-           'contrasts', 'summarise', 'ema_study', 'cka', 'drift', 'weight_change', 'probed', 'phase2_drift',
-           'direct_drift']
+           'contrasts', 'summarise', 'ema_study', 'cka', 'drift', 'weight_change', 'phase2_drift', 'direct_drift']
 
 # %% ../nbs/09_ablation.ipynb #a2f74def
 import numpy as np
@@ -17,7 +16,7 @@ from .kit.parallel import run_stages
 from .kit.stage import stage, variant
 from .model import classifier, device, features
 from .phase2 import direct, phase2, with_weights
-from .probe import embed, knn, linear_probe
+from .probe import embed, quick_probes
 from .stats import judged, max_t, two_way, verdict, verdicts
 from .train import (
     Divided, accuracy_and_loss, averaged, derived_seed, initial_share, start, train_epoch, val_logits)
@@ -171,23 +170,17 @@ def weight_change(before: torch.nn.Module, after: torch.nn.Module) -> float:
     old, new = (torch.cat([p.detach().flatten().cpu() for p in m.parameters()]) for m in (before, after))
     return ((new - old).norm() / old.norm()).item()
 
-# %% ../nbs/09_ablation.ipynb #19ef9155
-def probed(feats: dict, labels: dict, cfg) -> dict:  # train and val → (n, dim), (n,)
-    "Return on which validation images a fresh linear probe (C = 1), and k-NN, are right."
-    (x, y), (val, val_y), where = *((feats[s], labels[s]) for s in ('train', 'val')), device(cfg)
-    linear = linear_probe(x, y, val, val_y, strengths=(1.0,), where=where)['val_predictions']
-    return {'linear': linear == val_y, 'knn': knn(torch.as_tensor(x).to(where), y, val,
-                                                  min(cfg.knn_k, len(x))) == val_y}
-
 # %% ../nbs/09_ablation.ipynb #cf117f38
 def _drifted(cfg, result) -> dict:
     "Return what a backbone knows after its last epoch, beside the frozen one, how far it moved, and the answers."
     labels = {s: load_split(cfg, s)[1].numpy() for s in ('train', 'val')}
     before, body = features(cfg), with_weights(cfg, result['last_weights']).backbone
     after, start = embed(body, cfg, ('train', 'val')), classifier(cfg, len(splits(cfg)['classes'])).backbone
-    frozen = {f'frozen_{k}': v for k, v in probed(before, labels, cfg).items()}
-    return {**drift(before['val'], after['val']), 'weight_change': weight_change(start, body), **frozen,
-            **probed(after, labels, cfg), **{k: result[k] for k in ('val_logits_by_epoch', 'val_labels')}}
+    def probed(feats):
+        return quick_probes(*(x[s] for s in ('train', 'val') for x in (feats, labels)), cfg.knn_k, device(cfg))
+    return {**drift(before['val'], after['val']), 'weight_change': weight_change(start, body),
+            **probed(after), **{f'frozen_{k}': v for k, v in probed(before).items()},
+            **{k: result[k] for k in ('val_logits_by_epoch', 'val_labels')}}
 
 @stage
 def phase2_drift(cfg, folder):
