@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .data import load_split, splits
 from .kit.files import UserError, nearest
 from .kit.parallel import run_stages
-from .kit.stage import stage, variant
+from .kit.stage import stage
 from .model import classifier, device, infer
 from .phase1 import phase1_model, score
 from .phase2 import fine_tune, member_configs, phase2, phase2_logits
 from .stats import losses
-from .train import evaluate
+from .train import accuracy_and_loss
 
 # %% ../nbs/07_ensemble.ipynb #aefd869e
 def disagreement(predictions: list) -> float:
@@ -61,9 +61,8 @@ def average_weights(states: list[dict],  # state dicts of one architecture
 @stage
 def siblings(cfg, folder):
     "Train phase 2 again from the first seed's phase 1, with the other seeds for order, augmentation and dropout."
-    seeds = {i: variant(cfg, seed=cfg.seed + i) for i in range(1, cfg.members)}
     return {f'weights{i}': fine_tune(phase1_model(cfg), other, cfg.phase2_epochs, folder, f'sibling{i}')['weights']
-            for i, other in seeds.items()}
+            for i, other in enumerate(member_configs(cfg)) if i}
 
 # %% ../nbs/07_ensemble.ipynb #eed8b79b
 @torch.no_grad()
@@ -103,7 +102,7 @@ def interpolate_weights(cfg, first: dict, last: dict,  # state dicts
          val,  # validation images and labels
          points: int = 5) -> list[dict]:  # one a point: share of `last`, validation accuracy and loss
     "Score models on the straight line between two weights."
-    scored = {float(t): evaluate(blend(cfg, [first, last], images, [1 - t, t]), *val, cfg)
+    scored = {float(t): accuracy_and_loss(infer(blend(cfg, [first, last], images, [1 - t, t]), val[0], cfg), val[1])
               for t in np.linspace(0, 1, points)}
     return [{'share': t, 'val_accuracy': s['accuracy'], 'val_loss': s['loss']} for t, s in scored.items()]
 
@@ -137,7 +136,8 @@ def soup(cfg, folder):
     scored, model = [phase2_logits(cfg)], classifier(cfg, len(splits(cfg)['classes'])).to(device(cfg))
     for weights in family[1:]: model.load_state_dict(weights); scored.append(score(model, cfg))
     accuracies = [float((s['val_logits'].argmax(1) == s['val_labels']).mean()) for s in scored]
-    def together(chosen): return evaluate(blend(cfg, [family[i] for i in chosen]), *val, cfg)['accuracy']
+    def together(chosen):
+        return accuracy_and_loss(infer(blend(cfg, [family[i] for i in chosen]), val[0], cfg), val[1])['accuracy']
     kept = greedy_soup(accuracies, together)
     soups = {'uniform': family, 'greedy': [family[i] for i in kept], 'seeds': seeds}
     models = {'siblings': pool_members(scored)} | {f'sibling{i}': x for i, x in enumerate(scored[1:], 1)}
