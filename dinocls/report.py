@@ -21,7 +21,7 @@ from .stats import correlation_interval, standard_error, verdict, verdicts, wils
 # %% ../nbs/14_report.ipynb #f8d0f183
 def reference() -> list[dict]:
     "Return each number of the reference: section, item, value (or range), unit, digits, and where the answer stands."
-    with open(PACKAGE/'reported.csv', encoding='utf-8') as f: rows = [*csv.DictReader(f)]
+    with open(PACKAGE/'report.csv', encoding='utf-8') as f: rows = [*csv.DictReader(f)]
     for r in rows:
         ends, severity = r['reported'].split('…'), r.pop('severity')
         r['digits'] = len(ends[0].partition('.')[2])  # behind the point
