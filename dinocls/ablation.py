@@ -10,7 +10,7 @@ __all__ = ['ROW_NAMES', 'MARGIN', 'DECAYS', 'turned_off', 'add_rows', 'leave_row
 import numpy as np
 import torch
 
-from .data import Loader, load_split, splits
+from .data import Loader, load_split
 from .kit.files import UserError
 from .kit.parallel import run_stages
 from .kit.stage import stage, variant
@@ -131,7 +131,7 @@ def ema_study(cfg, folder):
     dev, feats, (_, y), (_, val_y) = device(cfg), features(cfg), load_split(cfg, 'train'), load_split(cfg, 'val')
     seed = derived_seed(cfg.seed, 'phase1')  # as phase 1 itself
     source = Loader(torch.from_numpy(feats['train']).to(dev), y, cfg.batch_size, seed, dev)
-    model, total, rows = classifier(cfg, len(splits(cfg)['classes'])), cfg.phase1_epochs * len(source), []
+    model, total, rows = classifier(cfg), cfg.phase1_epochs * len(source), []
     loop = start(model.freeze(), variant(cfg, ema_decay=0.0), cfg.phase1_epochs, len(source), 0.0, cfg.phase1_lr)
     loop.seed = seed
     loop.val_feats, head = feats['val'], loop.model.head
@@ -175,7 +175,7 @@ def _drifted(cfg, result) -> dict:
     "Return what a backbone knows after its last epoch, beside the frozen one, how far it moved, and the answers."
     labels = {s: load_split(cfg, s)[1].numpy() for s in ('train', 'val')}
     before, body = features(cfg), with_weights(cfg, result['last_weights']).backbone
-    after, start = embed(body, cfg, ('train', 'val')), classifier(cfg, len(splits(cfg)['classes'])).backbone
+    after, start = embed(body, cfg, ('train', 'val')), classifier(cfg).backbone
     def probed(feats):
         return quick_probes(*(x[s] for s in ('train', 'val') for x in (feats, labels)), cfg.knn_k, device(cfg))
     return {**drift(before['val'], after['val']), 'weight_change': weight_change(start, body),

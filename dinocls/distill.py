@@ -169,7 +169,7 @@ def distilled(cfg, folder):
     own, how = student_config(cfg), TEACHINGS[cfg.teaching]
     index, labels = taught_images(cfg, twin=cfg.teaching == 'labels')
     said = {k: torch.from_numpy(v) for k, v in lessons(cfg).items()} if how.logits or how.features else {}
-    model = classifier(own, len(splits(cfg)['classes']))
+    model = classifier(own)
     if how.features:  # no part of what is kept
         model.backbone.projection = nn.Linear(BACKBONES[own.backbone].dim, said['features'].shape[1])
     history = teach(model, sample_lessons(cfg, index), labels, said, own)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .data import load_split, splits
+from .data import load_split
 from .kit.files import UserError, nearest
 from .kit.parallel import run_stages
 from .kit.stage import stage
-from .model import classifier, device, infer
+from .model import device, infer
 from .phase1 import phase1_model, score
-from .phase2 import fine_tune, member_configs, phase2, phase2_logits
+from .phase2 import fine_tune, member_configs, phase2, phase2_logits, with_weights
 from .stats import losses
 from .train import accuracy_and_loss
 
@@ -81,9 +81,7 @@ def blend(cfg, states: list[dict],
           images=None,  # to measure BatchNorm's statistics on; None: they are averaged as the weights are
           shares=None):
     "Return the classifier with the mean of the weights."
-    model = classifier(cfg, len(splits(cfg)['classes']))
-    model.load_state_dict(average_weights(states, shares))
-    model = model.to(device(cfg)).eval()
+    model = with_weights(cfg, average_weights(states, shares)).eval()
     return model if images is None else refresh_statistics(model, images, cfg)
 
 # %% ../nbs/07_ensemble.ipynb #3cd984cd
@@ -133,8 +131,7 @@ def soup(cfg, folder):
     family = [seeds[0], *(others[f'weights{i}'] for i in range(1, cfg.members))]
     images, val = load_split(cfg, 'train')[0], load_split(cfg, 'val', device(cfg))
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1000]]
-    scored, model = [phase2_logits(cfg)], classifier(cfg, len(splits(cfg)['classes'])).to(device(cfg))
-    for weights in family[1:]: model.load_state_dict(weights); scored.append(score(model, cfg))
+    scored = [phase2_logits(cfg), *(score(with_weights(cfg, w), cfg) for w in family[1:])]
     accuracies = [float((s['val_logits'].argmax(1) == s['val_labels']).mean()) for s in scored]
     def together(chosen):
         return accuracy_and_loss(infer(blend(cfg, [family[i] for i in chosen]), val[0], cfg), val[1])['accuracy']

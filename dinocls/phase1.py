@@ -57,7 +57,7 @@ def embeddings(cfg) -> dict:  # split → (n, dim)
 @stage
 def phase1(cfg, folder):
     "Train the head on the frozen backbone, from embeddings where nothing is varied."
-    model = classifier(cfg, len(splits(cfg)['classes'])).freeze()
+    model = classifier(cfg).freeze()
     feats = embeddings(cfg)
     return fit(model, training_data(cfg), load_split(cfg, 'val', device(cfg)), cfg, epochs=cfg.phase1_epochs,
                lr_backbone=0.0, lr_head=cfg.phase1_lr, folder=folder, name='phase1', val_feats=feats.get('val'),
@@ -65,7 +65,7 @@ def phase1(cfg, folder):
 
 def phase1_model(cfg):
     "Return the classifier as phase 1 left it, on the configured device."
-    model = classifier(cfg, len(splits(cfg)['classes']))
+    model = classifier(cfg)
     model.head.load_state_dict(phase1(cfg)['weights'])
     return model.to(device(cfg))
 

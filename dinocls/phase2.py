@@ -8,7 +8,7 @@ __all__ = ['fine_tune', 'phase2', 'with_weights', 'phase2_model', 'member_config
 # %% ../nbs/06_phase2.ipynb #5f185f5b
 import copy
 
-from .data import load_split, splits
+from .data import load_split
 from .kit.stage import stage, variant
 from .model import add_lora, classifier, device, merge_lora
 from .phase1 import phase1_model, score, training_data
@@ -35,7 +35,7 @@ def phase2(cfg, folder):
 # %% ../nbs/06_phase2.ipynb #98e1ab2a
 def with_weights(cfg, weights: dict):
     "Return the configured classifier with given weights, on the configured device."
-    model = classifier(cfg, len(splits(cfg)['classes']))
+    model = classifier(cfg)
     model.load_state_dict(weights)
     return model.to(device(cfg))
 
@@ -56,7 +56,7 @@ def phase2_logits(cfg, folder):
 @stage
 def direct(cfg, folder):
     "Train backbone and head together from a fresh head, for as many epochs as both phases."
-    model, epochs = classifier(cfg, len(splits(cfg)['classes'])), cfg.phase1_epochs + cfg.phase2_epochs
+    model, epochs = classifier(cfg), cfg.phase1_epochs + cfg.phase2_epochs
     return fine_tune(model, cfg, epochs, folder, 'direct')
 
 @stage
