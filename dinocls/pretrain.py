@@ -345,9 +345,8 @@ def probe_rows(probes: dict) -> list[dict]:  # name → result of `probe_backbon
     "Return one row a representation, method and split: accuracy with its 95 % Wilson interval, in percent."
     rows = []
     for name, right in probes.items():
-        for method, split in (('knn', 'val'), ('knn', 'test'), ('linear', 'val'), ('linear', 'test')):
-            r = right[f'{method}_{split}']
-            low, high = stats.wilson(r.mean(), len(r))
+        for key, r in right.items():
+            (method, split), (low, high) = key.split('_'), stats.wilson(r.mean(), len(r))
             rows.append({'features': name, 'method': method, 'split': split, 'accuracy': 100 * float(r.mean()),
                          'low': 100 * low, 'high': 100 * high, 'n': len(r)})
     return rows

@@ -31,6 +31,7 @@ from .phase1 import phase1_model
 from .phase2 import phase2_model
 from .probe import knn, linear_probe
 from .stats import bootstrap, debiased_calibration_error, mean_interval, wilson
+from .train import read_embeddings
 
 # %% ../nbs/12_robustness.ipynb #34d887ee
 def evenly(n: int, wanted: int) -> np.ndarray:
@@ -59,11 +60,10 @@ def contenders(cfg) -> dict:
     "Return the networks: the classifier of phase 1, and the ensemble's members, the model of phase 2 first."
     return {'phase1': phase1_model(cfg).eval(), 'members': [phase2_model(c).eval() for c in member_configs(cfg)]}
 
-@torch.inference_mode()
 def answers(nets: dict, images: Tensor, cfg) -> dict:
     "Return the frozen features of images, and of each network the predicted class and its probability."
-    feats, head = infer(nets['phase1'].backbone, images, cfg), nets['phase1'].head
-    frozen = head(torch.from_numpy(feats).to(next(head.parameters()).device)).cpu().numpy()
+    feats = infer(nets['phase1'].backbone, images, cfg)
+    frozen = read_embeddings(nets['phase1'].head, feats)
     members = [infer(m, images, cfg) for m in nets['members']]
     seen = members[:1] + [infer(nets['members'][0], v, cfg) for v in views(images, cfg)[1:]]
     found = {'feats': feats if feats.ndim == 2 else feats[:, 0]}
@@ -164,8 +164,8 @@ def model_rows(result, baseline: str = 'linear') -> list[dict]:
     for model, (clean, worse) in right.items():
         every, both = correct_answers(result, model, *CORRUPTIONS), (1 - share(x) for x in (worse, base_worse))
         row = {'model': model, 'clean': 100 * float(share(clean).mean()), 'mean_19': 100 * float(every.mean())}
-        row |= in_points('mean_15', mean_interval(share(worse), (0, 1))) | error_ratio('mce', *both) | drop(clean,
-            worse)
+        row |= in_points('mean_15', mean_interval(share(worse), (0, 1))) | error_ratio('mce', *both)
+        row |= drop(clean, worse)
         if model != baseline:
             row |= drop(clean, base_clean, 'ahead_clean') | drop(worse, base_worse, 'ahead_corrupted')
             extra = share(clean) - share(worse) - share(base_clean) + share(base_worse)
