@@ -28,10 +28,10 @@ from .kit.engines import measure, processor
 from .kit.machine import progress
 from .kit.stage import stage, variant
 from .model import BACKBONES, Classifier, autocast, classifier
-from .phase1 import score
+from .phase1 import score, split_scores
 from .phase2 import phase2_model, with_weights
 from .robustness import FOUR, evenly
-from .train import classification_metrics, derived_seed, in_halves, optimise, start
+from .train import derived_seed, in_halves, optimise, start
 
 # %% ../nbs/A2_distill.ipynb #6d861036
 STUDENTS = tuple(name for name in BACKBONES if name.startswith('student-'))
@@ -181,15 +181,14 @@ def distilled(cfg, folder):
 # %% ../nbs/A2_distill.ipynb #5c95fdf5
 def save_student(cfg, folder: Path) -> Path:
     "Write the configured student as a production folder, as chapter 13 writes its teacher; return its path."
-    own, made = student_config(cfg), distilled(cfg)
-    images, labels = load_split(cfg, 'val')
-    logits = {s: made[f'{s}_logits'].astype(np.float32) for s in ('val', 'test')}
-    truth = {s: made[f'{s}_labels'] for s in ('val', 'test')}
-    metrics = {s: {'n': len(y), **classification_metrics(logits[s], y)} for s, y in truth.items()}
+    own, made, (images, labels) = student_config(cfg), distilled(cfg), load_split(cfg, 'val')
+    said = {k: made[k].astype(np.float32) if 'logits' in k else made[k]
+            for k in ('val_logits', 'val_labels', 'test_logits', 'test_labels')}
     source = {'stage': 'distilled', 'teaching': cfg.teaching, 'key': made.record['key']}
-    return save_production(folder, student_model(cfg), own, splits(cfg)['classes'], metrics, source=source,
-                           calibration=calibrate(logits['val'], truth['val'], cfg.split_seed),
-                           examples={'images': images[:256], 'labels': labels[:256], 'logits': logits['val'][:256]})
+    return save_production(folder, student_model(cfg), own, splits(cfg)['classes'], split_scores(said), source=source,
+                           calibration=calibrate(said['val_logits'], said['val_labels'], cfg.split_seed),
+                           examples={'images': images[:256], 'labels': labels[:256],
+                                     'logits': said['val_logits'][:256]})
 
 MANY = 64  # pictures at once
 

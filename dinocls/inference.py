@@ -39,10 +39,10 @@ from .kit.machine import cores, progress, version
 from .kit.pictures import as_png, to_pixels
 from .kit.stage import read_result, stage
 from .model import BACKBONES, Classifier, backbone, bf16_gain, device as find_device, head, infer, precision
+from .phase1 import split_scores
 from .phase2 import phase2, phase2_logits, phase2_model
 from .robustness import evenly
 from .stats import wilson
-from .train import classification_metrics
 
 # %% ../nbs/13_inference.ipynb #ca45dda4
 FORMAT = 3  # layout of a production folder; raised when a reader of the old one would misread it
@@ -389,13 +389,11 @@ def production(cfg) -> Path:
     calibration = calibrate(logits['val_logits'], logits['val_labels'], cfg.split_seed)
     with contextlib.suppress(UserError):
         if (about := read_production(folder)) == about | {'source': source, **calibration}: return folder
-    metrics = {s: {'n': len(y := logits[f'{s}_labels']), **classification_metrics(logits[f'{s}_logits'], y)}
-               for s in ('val', 'test')}
-    some = np.random.default_rng(0).permutation(metrics['val']['n'])[:256]
+    some = np.random.default_rng(0).permutation(len(logits['val_labels']))[:256]
     examples = {'images': load_split(cfg, 'val')[0][some], 'labels': logits['val_labels'][some],
                 'logits': logits['val_logits'][some]}
-    return save_production(folder, phase2_model(cfg), cfg, splits(cfg)['classes'], metrics, source=source,
-                           calibration=calibration, examples=examples)
+    return save_production(folder, phase2_model(cfg), cfg, splits(cfg)['classes'], split_scores(logits),
+                           source=source, calibration=calibration, examples=examples)
 
 # %% ../nbs/13_inference.ipynb #75fc1e9e
 @stage
