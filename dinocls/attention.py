@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .augment import preprocess
 from .data import load_split
-from .kit.figures import headline, lay_over, subplots
+from .kit.figures import headline, lay_over, subplots, tile
 from .kit.files import UserError
 from .kit.stage import stage
 from .model import BACKBONES, autocast, backbone, device
@@ -276,10 +276,8 @@ def draw_maps(pictures,  # uint8 (n, h, w, 3)
     fig, axes = subplots(len(maps), 1 + maps.shape[1], size=(6.4, (0.05 + wide) * len(maps) + 0.8), squeeze=False,
                          gridspec_kw={'wspace': 0.03, 'hspace': 0.05}, subplot_kw={'xticks': [], 'yticks': []})
     for line, picture, seen, name in zip(axes, pictures, maps, names):
+        tile(line[0], picture)
         line[0].set_ylabel(name, rotation=0, ha='right', va='center')
-        line[0].imshow(picture)
-        line[0].grid(False)
-        line[0].spines[:].set_visible(False)
         for ax, m, top in zip(line[1:], seen, tops): lay_over(ax, picture, m, top)
     times = [f'{name}\n≤ {top * maps[0, 0].size:.1f}×' for name, top in zip(columns, tops)]
     for ax, name in zip(axes[0], ['image', *times]): ax.set_title(name, fontsize=8, loc='center', fontweight='normal')

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEANS', 'FRESH', 'disagreement', 'average_predictions', 'pool_members', 'average_weights', 'siblings',
-           'refresh_statistics', 'blend', 'greedy_soup', 'interpolate_weights', 'named_parts', 'model_of', 'ensemble',
-           'soup']
+           'refresh_statistics', 'blend', 'greedy_soup', 'interpolate_weights', 'named_parts', 'ensemble', 'soup']
 
 # %% ../nbs/07_ensemble.ipynb #0c105013
 from itertools import combinations
@@ -14,15 +13,15 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .data import load_split, splits
+from .data import load_split
 from .kit.files import UserError, nearest
 from .kit.parallel import run_stages
-from .kit.stage import stage, variant
-from .model import classifier, device, infer
+from .kit.stage import stage
+from .model import device, infer
 from .phase1 import phase1_model, score
-from .phase2 import fine_tune, member_configs, phase2, phase2_logits
+from .phase2 import fine_tune, member_configs, phase2, phase2_logits, with_weights
 from .stats import losses
-from .train import evaluate
+from .train import accuracy_and_loss
 
 # %% ../nbs/07_ensemble.ipynb #aefd869e
 def disagreement(predictions: list) -> float:
@@ -62,9 +61,8 @@ def average_weights(states: list[dict],  # state dicts of one architecture
 @stage
 def siblings(cfg, folder):
     "Train phase 2 again from the first seed's phase 1, with the other seeds for order, augmentation and dropout."
-    seeds = {i: variant(cfg, seed=cfg.seed + i) for i in range(1, cfg.members)}
     return {f'weights{i}': fine_tune(phase1_model(cfg), other, cfg.phase2_epochs, folder, f'sibling{i}')['weights']
-            for i, other in seeds.items()}
+            for i, other in enumerate(member_configs(cfg)) if i}
 
 # %% ../nbs/07_ensemble.ipynb #eed8b79b
 @torch.no_grad()
@@ -83,9 +81,7 @@ def blend(cfg, states: list[dict],
           images=None,  # to measure BatchNorm's statistics on; None: they are averaged as the weights are
           shares=None):
     "Return the classifier with the mean of the weights."
-    model = classifier(cfg, len(splits(cfg)['classes']))
-    model.load_state_dict(average_weights(states, shares))
-    model = model.to(device(cfg)).eval()
+    model = with_weights(cfg, average_weights(states, shares)).eval()
     return model if images is None else refresh_statistics(model, images, cfg)
 
 # %% ../nbs/07_ensemble.ipynb #3cd984cd
@@ -104,7 +100,7 @@ def interpolate_weights(cfg, first: dict, last: dict,  # state dicts
          val,  # validation images and labels
          points: int = 5) -> list[dict]:  # one a point: share of `last`, validation accuracy and loss
     "Score models on the straight line between two weights."
-    scored = {float(t): evaluate(blend(cfg, [first, last], images, [1 - t, t]), *val, cfg)
+    scored = {float(t): accuracy_and_loss(infer(blend(cfg, [first, last], images, [1 - t, t]), val[0], cfg), val[1])
               for t in np.linspace(0, 1, points)}
     return [{'share': t, 'val_accuracy': s['accuracy'], 'val_loss': s['loss']} for t, s in scored.items()]
 
@@ -112,10 +108,6 @@ def interpolate_weights(cfg, first: dict, last: dict,  # state dicts
 def named_parts(models: dict) -> dict:  # name → scored model
     "Put the names of scored models before the names of their parts, as a stage keeps them."
     return {f'{name}/{k}': v for name, parts in models.items() for k, v in parts.items()}
-
-def model_of(result, name: str) -> dict:
-    "Return one of the models that `named_parts` put together, in the form of `phase2_logits`."
-    return {k.removeprefix(f'{name}/'): result[k] for k in result if k.startswith(f'{name}/')}
 
 @stage
 def ensemble(cfg, folder):
@@ -139,10 +131,10 @@ def soup(cfg, folder):
     family = [seeds[0], *(others[f'weights{i}'] for i in range(1, cfg.members))]
     images, val = load_split(cfg, 'train')[0], load_split(cfg, 'val', device(cfg))
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1000]]
-    scored, model = [phase2_logits(cfg)], classifier(cfg, len(splits(cfg)['classes'])).to(device(cfg))
-    for weights in family[1:]: model.load_state_dict(weights); scored.append(score(model, cfg))
+    scored = [phase2_logits(cfg), *(score(with_weights(cfg, w), cfg) for w in family[1:])]
     accuracies = [float((s['val_logits'].argmax(1) == s['val_labels']).mean()) for s in scored]
-    def together(chosen): return evaluate(blend(cfg, [family[i] for i in chosen]), *val, cfg)['accuracy']
+    def together(chosen):
+        return accuracy_and_loss(infer(blend(cfg, [family[i] for i in chosen]), val[0], cfg), val[1])['accuracy']
     kept = greedy_soup(accuracies, together)
     soups = {'uniform': family, 'greedy': [family[i] for i in kept], 'seeds': seeds}
     models = {'siblings': pool_members(scored)} | {f'sibling{i}': x for i, x in enumerate(scored[1:], 1)}

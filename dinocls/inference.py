@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'FILES', 'EXAMPLES', 'CARD', 'PREPROCESSING', 'MODEL_CARD', 'COMPARED', 'description', 'Description',
            'check_description', 'rebuild', 'promise_text', 'model_card', 'replacing_folder', 'save_production',
-           'read_object', 'read_production', 'load_production', 'load_trained', 'load_model', 'answer', 'as_batch',
-           'as_subject', 'read_pictures', 'ProductionModel', 'benchmark', 'production', 'served', 'inference_speed',
-           'backends']
+           'read_production', 'load_production', 'load_trained', 'load_model', 'answer', 'as_batch', 'as_subject',
+           'read_pictures', 'ProductionModel', 'benchmark', 'production', 'served', 'inference_speed', 'backends']
 
 # %% ../nbs/13_inference.ipynb #e37827d9
 import contextlib
@@ -35,15 +34,15 @@ from .kit import config
 from .kit.config import Config, choices
 from .kit.datasets import loaded
 from .kit.engines import Subject, candidates, fastest, measure_sizes, processor, scaled, start_backend
-from .kit.files import UserError, digest, expand, file_digest, plain, reason, write_json
+from .kit.files import UserError, digest, expand, file_digest, plain, read_json, reason, write_json
 from .kit.machine import cores, progress, version
 from .kit.pictures import as_png, to_pixels
 from .kit.stage import read_result, stage
 from .model import BACKBONES, Classifier, backbone, bf16_gain, device as find_device, head, infer, precision
+from .phase1 import split_scores
 from .phase2 import phase2, phase2_logits, phase2_model
 from .robustness import evenly
 from .stats import wilson
-from .train import classification_metrics
 
 # %% ../nbs/13_inference.ipynb #ca45dda4
 FORMAT = 3  # layout of a production folder; raised when a reader of the old one would misread it
@@ -216,14 +215,6 @@ def save_production(folder,  # made, or replaced if it holds an older model
     return folder
 
 # %% ../nbs/13_inference.ipynb #cefa5374
-def read_object(file: Path) -> dict:
-    "Read a JSON object of a production folder. Raise `UserError` if it is something else or damaged."
-    try: value = json.loads(file.read_text(encoding='utf-8'))
-    except (ValueError, OSError, RecursionError) as e:
-        raise UserError(f'{file} cannot be read ({reason(e)}): copy or save the production folder again.') from None
-    if isinstance(value, dict): return value
-    raise UserError(f'{file} does not hold an object: copy or save the production folder again.')
-
 def read_production(folder) -> dict:
     "Check a production folder and return its description. Raise `UserError` if it is not whole, damaged or foreign."
     folder, again = expand(folder), 'copy or save the folder again'
@@ -232,7 +223,10 @@ def read_production(folder) -> dict:
     for name in FILES:
         if not (folder/name).is_file():
             raise UserError(f'{folder} is not a whole production folder: {name} is missing; {again}.')
-    about, sums = (read_object(folder/name) for name in FILES[1:])
+    try: about, sums = found = [read_json(folder/name) for name in FILES[1:]]
+    except UserError as e: raise UserError(f'{str(e).rpartition(": ")[0]}: {again}.') from None
+    for name, value in zip(FILES[1:], found):
+        if not isinstance(value, dict): raise UserError(f'{folder/name} does not hold an object: {again}.')
     if about.get('format') != FORMAT:
         raise UserError(f'{folder/FILES[1]} has format {str(about.get("format"))[:40]}, and dinocls {version()} reads '
                         f'format {FORMAT}: install the version that saved it, or save the model again.')
@@ -396,13 +390,11 @@ def production(cfg) -> Path:
     calibration = calibrate(logits['val_logits'], logits['val_labels'], cfg.split_seed)
     with contextlib.suppress(UserError):
         if (about := read_production(folder)) == about | {'source': source, **calibration}: return folder
-    metrics = {s: {'n': len(y := logits[f'{s}_labels']), **classification_metrics(logits[f'{s}_logits'], y)}
-               for s in ('val', 'test')}
-    some = np.random.default_rng(0).permutation(metrics['val']['n'])[:256]
+    some = np.random.default_rng(0).permutation(len(logits['val_labels']))[:256]
     examples = {'images': load_split(cfg, 'val')[0][some], 'labels': logits['val_labels'][some],
                 'logits': logits['val_logits'][some]}
-    return save_production(folder, phase2_model(cfg), cfg, splits(cfg)['classes'], metrics, source=source,
-                           calibration=calibration, examples=examples)
+    return save_production(folder, phase2_model(cfg), cfg, splits(cfg)['classes'], split_scores(logits),
+                           source=source, calibration=calibration, examples=examples)
 
 # %% ../nbs/13_inference.ipynb #75fc1e9e
 @stage

@@ -265,8 +265,9 @@ class Classifier(nn.Module):
         self.backbone.requires_grad_(not frozen)
         return self.train(self.training)
 
-def classifier(cfg, classes: int) -> Classifier:
+def classifier(cfg, classes: int | None = None) -> Classifier:  # None: as many as the dataset has
     "Build the configured model; whatever is random in it follows from `cfg.seed`."
+    classes = classes or len(splits(cfg)['classes'])  # asked before: a stage may draw numbers
     torch.manual_seed(cfg.seed)
     body = backbone(cfg.backbone, cfg.image_size, cfg.weights or None, cfg.pooling)
     return Classifier(body, head(BACKBONES[cfg.backbone].dim, classes, cfg.head_widths, cfg.head_dropout, cfg.pooling))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARYING', 'draw_picture_rows', 'training_data', 'varies', 'embeddings', 'phase1', 'phase1_model', 'score',
-           'phase1_logits', 'score_rows', 'score_metrics', 'draw_mistakes']
+           'phase1_logits', 'split_scores', 'score_rows', 'score_metrics', 'draw_mistakes']
 
 # %% ../nbs/05_phase1.ipynb #f14eb540
 import numpy as np
@@ -57,7 +57,7 @@ def embeddings(cfg) -> dict:  # split → (n, dim)
 @stage
 def phase1(cfg, folder):
     "Train the head on the frozen backbone, from embeddings where nothing is varied."
-    model = classifier(cfg, len(splits(cfg)['classes'])).freeze()
+    model = classifier(cfg).freeze()
     feats = embeddings(cfg)
     return fit(model, training_data(cfg), load_split(cfg, 'val', device(cfg)), cfg, epochs=cfg.phase1_epochs,
                lr_backbone=0.0, lr_head=cfg.phase1_lr, folder=folder, name='phase1', val_feats=feats.get('val'),
@@ -65,7 +65,7 @@ def phase1(cfg, folder):
 
 def phase1_model(cfg):
     "Return the classifier as phase 1 left it, on the configured device."
-    model = classifier(cfg, len(splits(cfg)['classes']))
+    model = classifier(cfg)
     model.head.load_state_dict(phase1(cfg)['weights'])
     return model.to(device(cfg))
 
@@ -86,22 +86,24 @@ def phase1_logits(cfg, folder):
     return score(phase1_model(cfg), cfg, embeddings(cfg))
 
 # %% ../nbs/05_phase1.ipynb #56f7870f
+def split_scores(logits) -> dict:  # of `phase1_logits` and its like → split → n, and metrics as fractions
+    "Return all headline metrics of a scored model on val and test."
+    return {s: {'n': len(y := logits[f'{s}_labels']), **classification_metrics(logits[f'{s}_logits'], y)}
+            for s in ('val', 'test')}
+
 def score_rows(logits, name: str) -> list[dict]:
     "Return one row per split, with all headline metrics in percent and the accuracy's 95 % Wilson interval."
     rows = []
-    for split in ('val', 'test'):
-        labels = logits[f'{split}_labels']
-        m = classification_metrics(logits[f'{split}_logits'], labels)
-        m['low'], m['high'] = wilson(m['accuracy'], len(labels))
-        percent = {k: None if v is None else 100 * v for k, v in m.items()}  # AUC of a single class: none
-        rows.append({'model': name, 'split': split, 'n': len(labels), **percent})
+    for split, m in split_scores(logits).items():
+        m |= zip(('low', 'high'), wilson(m['accuracy'], m['n']))
+        percent = {k: v if v is None or k == 'n' else 100 * v for k, v in m.items()}  # AUC of a single class: none
+        rows.append({'model': name, 'split': split, **percent})
     return rows
 
 def score_metrics(logits, seed: int) -> list[dict]:
     "Return the rows of metrics of a scored model, as fractions, for the flat list."
-    scored = {s: classification_metrics(logits[f'{s}_logits'], logits[f'{s}_labels']) for s in ('val', 'test')}
-    return [metric(name, value, split=s, n=len(logits[f'{s}_labels']), seed=seed)
-            for s, metrics in scored.items() for name, value in metrics.items()]
+    return [metric(name, value, split=s, n=m['n'], seed=seed)
+            for s, m in split_scores(logits).items() for name, value in m.items() if name != 'n']
 
 # %% ../nbs/05_phase1.ipynb #2aaeee4d
 def draw_mistakes(answers: dict,  # way → (predicted classes (n,), colour)

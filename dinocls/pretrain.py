@@ -33,7 +33,7 @@ from .kit.machine import install, progress
 from .kit.stage import stage, variant
 from .kit.training import Checkpointer, checkpoints, compiles, load_checkpoint
 from .model import BACKBONES, backbone, device, fit_weights, infer, random_backbone
-from .probe import knn, linear_probe, pixels, probe_one
+from .probe import pixels, probe_one, quick_probes
 from .train import Loop, optimise, start
 
 # %% ../nbs/A1_pretrain.ipynb #8a5e8a39
@@ -262,11 +262,9 @@ def watcher(cfg, largest: int = 5000):  # images in the bank
     parts = [load_split(cfg, s) for s in ('train', 'val')]
     (known, labels), (x, wanted) = ((x[:largest], y[:largest].numpy()) for x, y in parts)
     def watch(body) -> dict:
-        where, bank, val = device(cfg), infer(body, known, cfg), infer(body, x, cfg)
-        near = knn(torch.from_numpy(bank).to(where), labels, val, min(cfg.knn_k, len(bank)))
-        linear = linear_probe(bank, labels, val, wanted, strengths=(1.0,), max_iter=100, where=where)
-        return {'spread': embedding_spread(val), 'knn': float((near == wanted).mean()),
-                'linear': linear['val_accuracy']}
+        bank, val = (infer(body, images, cfg) for images in (known, x))
+        right = quick_probes(bank, labels, val, wanted, cfg.knn_k, device(cfg), max_iter=100)
+        return {'spread': embedding_spread(val), **{method: float(r.mean()) for method, r in right.items()}}
     return watch
 
 # %% ../nbs/A1_pretrain.ipynb #5fad87e2
@@ -347,9 +345,8 @@ def probe_rows(probes: dict) -> list[dict]:  # name → result of `probe_backbon
     "Return one row a representation, method and split: accuracy with its 95 % Wilson interval, in percent."
     rows = []
     for name, right in probes.items():
-        for method, split in (('knn', 'val'), ('knn', 'test'), ('linear', 'val'), ('linear', 'test')):
-            r = right[f'{method}_{split}']
-            low, high = stats.wilson(r.mean(), len(r))
+        for key, r in right.items():
+            (method, split), (low, high) = key.split('_'), stats.wilson(r.mean(), len(r))
             rows.append({'features': name, 'method': method, 'split': split, 'accuracy': 100 * float(r.mean()),
                          'low': 100 * low, 'high': 100 * high, 'n': len(r)})
     return rows

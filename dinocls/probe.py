@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'RATES', 'REPRESENTATIONS', 'SHOTS', 'DRAWS', 'KS', 'neighbours', 'vote', 'knn', 'logistic',
-           'linear_probe', 'sgd_probe', 'embed', 'finetuned_features', 'untrained', 'pixels', 'probe_one',
+           'linear_probe', 'sgd_probe', 'embed', 'finetuned_features', 'pixels', 'probe_one', 'quick_probes',
            'some_of_each', 'few_shot', 'knn_curve', 'between_share', 'layouts', 'spaced', 'probe']
 
 # %% ../nbs/08_probe.ipynb #67554307
@@ -219,17 +219,14 @@ def finetuned_features(cfg, folder):
     "Embed each split with the fine-tuned backbone."
     return embed(phase2_model(cfg).backbone, cfg)
 
-def untrained(cfg) -> dict:  # split → (n, dim)
-    "Return each split's embeddings by the same backbone with random weights."
-    return features(variant(cfg, weights='random'))
-
 def pixels(cfg) -> dict:  # split → (n, 3·h·w), 0 … 1
     "Return each split's images as vectors of raw pixels."
     return {name: load_split(cfg, name)[0].flatten(1).numpy().astype(np.float32) / 255
             for name in ('train', 'val', 'test')}
 
 # %% ../nbs/08_probe.ipynb #9ea5b1eb
-REPRESENTATIONS = {'raw': pixels, 'random': untrained, 'frozen': features, 'finetuned': finetuned_features}
+REPRESENTATIONS = {'raw': pixels, 'random': lambda cfg: features(variant(cfg, weights='random')), 'frozen': features,
+                   'finetuned': finetuned_features}  # name → function that returns split → (n, dim)
 
 def probe_one(feats: dict, labels: dict,  # split → features, labels
               k: int, where='cpu') -> tuple[dict, dict]:  # device of the search and of the fit
@@ -238,6 +235,12 @@ def probe_one(feats: dict, labels: dict,  # split → features, labels
     bank = torch.as_tensor(feats['train']).to(where)
     return {'knn': {s: knn(bank, labels['train'], feats[s], k) for s in ('val', 'test')},
             'linear': {s: linear[f'{s}_predictions'] for s in ('val', 'test')}}, {c: linear[c] for c in ('C', 'grid')}
+
+def quick_probes(x, y, val, val_y,  # (n, dim), (n,) to learn from; (m, dim), (m,) to ask about
+                 k: int, where='cpu', max_iter: int = 500) -> dict:  # method → bool (m,)
+    "Return which images k-NN, with at most k neighbours, and a linear probe with C = 1 name right."
+    linear = linear_probe(x, y, val, val_y, strengths=(1.0,), max_iter=max_iter, where=where)['val_predictions']
+    return {'knn': knn(torch.as_tensor(x).to(where), y, val, min(k, len(x))) == val_y, 'linear': linear == val_y}
 
 # %% ../nbs/08_probe.ipynb #88c49494
 def some_of_each(labels: np.ndarray, shots: int, draw: int) -> np.ndarray:  # indices
@@ -255,11 +258,9 @@ def few_shot(feats: dict, labels: dict, shots=SHOTS, draws: int = DRAWS, where='
     for shot in (s for s in shots if s <= np.unique(y, return_counts=True)[1].min()):
         for draw in range(draws):
             pick = some_of_each(y, shot, draw)
-            some, test = feats['train'][pick], (feats['test'], labels['test'])
-            near = knn(torch.as_tensor(some).to(where), y[pick], feats['test'], min(shot, 5))
-            found = {'knn': (near == labels['test']).mean(),
-                     'linear': linear_probe(some, y[pick], *test, strengths=(1.,), where=where)['val_accuracy']}
-            rows += [{'shots': shot, 'draw': draw, 'method': m, 'accuracy': float(a)} for m, a in found.items()]
+            given = feats['train'][pick], y[pick], feats['test'], labels['test']
+            rows += [{'shots': shot, 'draw': draw, 'method': m, 'accuracy': float(right.mean())}
+                     for m, right in quick_probes(*given, min(shot, 5), where).items()]
     return rows
 
 # %% ../nbs/08_probe.ipynb #5d9becc6

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'FOUR', 'GROUPED', 'evenly', 'all_severities', 'views', 'contenders', 'answers', 'judge', 'with_probes',
-           'robustness', 'share', 'in_points', 'drop', 'correct_answers', 'severity_curve', 'corruption_rows',
-           'error_ratio', 'model_rows', 'answered', 'calibration_rows', 'published_c', 'published_1', 'shift_rows',
-           'published_rows', 'robustness_metrics']
+           'robustness', 'share', 'in_points', 'drop', 'correct_answers', 'corruption_rows', 'error_ratio',
+           'model_rows', 'answered', 'calibration_rows', 'published_c', 'published_1', 'shift_rows', 'published_rows',
+           'robustness_metrics']
 
 # %% ../nbs/12_robustness.ipynb #c6760ba3
 import functools
@@ -31,6 +31,7 @@ from .phase1 import phase1_model
 from .phase2 import phase2_model
 from .probe import knn, linear_probe
 from .stats import bootstrap, debiased_calibration_error, mean_interval, wilson
+from .train import read_embeddings
 
 # %% ../nbs/12_robustness.ipynb #34d887ee
 def evenly(n: int, wanted: int) -> np.ndarray:
@@ -59,11 +60,10 @@ def contenders(cfg) -> dict:
     "Return the networks: the classifier of phase 1, and the ensemble's members, the model of phase 2 first."
     return {'phase1': phase1_model(cfg).eval(), 'members': [phase2_model(c).eval() for c in member_configs(cfg)]}
 
-@torch.inference_mode()
 def answers(nets: dict, images: Tensor, cfg) -> dict:
     "Return the frozen features of images, and of each network the predicted class and its probability."
-    feats, head = infer(nets['phase1'].backbone, images, cfg), nets['phase1'].head
-    frozen = head(torch.from_numpy(feats).to(next(head.parameters()).device)).cpu().numpy()
+    feats = infer(nets['phase1'].backbone, images, cfg)
+    frozen = read_embeddings(nets['phase1'].head, feats)
     members = [infer(m, images, cfg) for m in nets['members']]
     seen = members[:1] + [infer(nets['members'][0], v, cfg) for v in views(images, cfg)[1:]]
     found = {'feats': feats if feats.ndim == 2 else feats[:, 0]}
@@ -134,11 +134,6 @@ def correct_answers(result, model: str, *names: str) -> np.ndarray:  # bool (set
     guesses = np.concatenate([result[f'{name}_guess'][list(MODELS).index(model)] for name in names])
     return guesses.reshape(-1, len(result['labels'])) == result['labels']
 
-def severity_curve(result, model: str, *names: str) -> np.ndarray:  # percent (6, 3): clean, then severity 1 to 5
-    "Return a model's accuracy over severities with its interval over images, the mean over corruptions."
-    right = correct_answers(result, model, *names).reshape(len(names), 5, -1).mean(0)
-    return 100 * np.array([mean_interval(x, (0, 1)) for x in (share(correct_answers(result, model, 'clean')), *right)])
-
 # %% ../nbs/12_robustness.ipynb #b8123139
 FOUR = ['gaussian_noise', 'brightness', 'gaussian_blur', 'contrast']  # the reference's
 GROUPED = {"mean of the reference's 4": FOUR, "mean of the benchmark's 15": BENCHMARK, 'mean of all 19': [*CORRUPTIONS]}
@@ -169,8 +164,8 @@ def model_rows(result, baseline: str = 'linear') -> list[dict]:
     for model, (clean, worse) in right.items():
         every, both = correct_answers(result, model, *CORRUPTIONS), (1 - share(x) for x in (worse, base_worse))
         row = {'model': model, 'clean': 100 * float(share(clean).mean()), 'mean_19': 100 * float(every.mean())}
-        row |= in_points('mean_15', mean_interval(share(worse), (0, 1))) | error_ratio('mce', *both) | drop(clean,
-            worse)
+        row |= in_points('mean_15', mean_interval(share(worse), (0, 1))) | error_ratio('mce', *both)
+        row |= drop(clean, worse)
         if model != baseline:
             row |= drop(clean, base_clean, 'ahead_clean') | drop(worse, base_worse, 'ahead_corrupted')
             extra = share(clean) - share(worse) - share(base_clean) + share(base_worse)

@@ -101,21 +101,20 @@ def verdict(difference: float,
                    'p_agrees': float(t.sf((margin - abs(difference)) / scale, df))})
 
 # %% ../nbs/00_stats.ipynb #bef423db
-def judged(row: dict, rate: float = 0.05) -> dict:  # with both p
+def judged(row: dict) -> dict:  # with both p
     "Return a row with the verdict that follows from its two p."
-    agrees, differs = (row[p] is not None and row[p] < rate for p in ('p_agrees', 'p_differs'))
+    agrees, differs = (row[p] is not None and row[p] < 0.05 for p in ('p_agrees', 'p_differs'))
     return {**row, 'verdict': 'agrees' if agrees else 'differs' if differs else "can't tell"}
 
-def verdicts(rows: list[dict],  # of `verdict`, and whatever else they hold
-             rate: float = 0.05) -> list[dict]:
+def verdicts(rows: list[dict]) -> list[dict]:  # of `verdict`, and whatever else they hold
     """Return the rows of one table with p corrected (Benjamini & Hochberg 1995) and verdicts that follow: of the rows
-    that agree, and of those that differ, at most this share is wrong on average. Intervals stay as they are."""
+    that agree, and of those that differ, at most 5 % are wrong on average. Intervals stay as they are."""
     from scipy.stats import false_discovery_control
     rows = [dict(r) for r in rows]
     told = [r for r in rows if r['p_differs'] is not None]
     for name in ('p_differs', 'p_agrees') if told else ():
         for r, p in zip(told, false_discovery_control([r[name] for r in told])): r[name] = float(p)
-    return [judged(r, rate) for r in rows]
+    return [judged(r) for r in rows]
 
 # %% ../nbs/00_stats.ipynb #d4392ea4
 def two_way(d: np.ndarray) -> dict:  # (seeds, images): differences of two methods, each seed on the same images

@@ -141,8 +141,9 @@ def smaller(png: str) -> str:
 
 def chapter_digest(chapter: Chapter, book: list[Chapter], cfg: Config) -> str:
     "Return a digest of all that a chapter's output depends on."
-    files = (*PACKAGE.glob('kit/*.py'), *(PACKAGE/f'{c.module}.py' for c in book if c.name <= chapter.name))
-    sources = {p.stem: file_digest(p) for p in files if p.exists()}
+    modules = [c.module for c in book if c.name <= chapter.name]
+    files = (*PACKAGE.glob('kit/*.py'), *(p for m in modules for p in PACKAGE.glob(f'{m}.*')))  # its table as well
+    sources = {p.name: file_digest(p) for p in files}
     values = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name not in ('out', 'data_root')}
     return digest([file_digest(chapter.path), sources, values, content_of(cfg, values), versions()])
 

@@ -102,6 +102,17 @@ def test_a_digest_follows_configuration_and_notebook(book):
     assert driver.chapter_digest(first, [first], cfg) != before
 
 
+def test_a_digest_follows_the_module_and_its_table(book, tmp_path, monkeypatch):
+    chapter(book, '01_first', 'pass')
+    cfg, (first,), seen = preset('smoke'), driver.chapters(), set()
+    monkeypatch.setattr(driver, 'PACKAGE', tmp_path/'package')
+    (tmp_path/'package').mkdir()
+    for name, text in (('first.py', 'a = 1'), ('first.py', 'a = 2'), ('first.csv', '1'), ('first.csv', '2')):
+        (tmp_path/'package'/name).write_text(text)
+        seen.add(driver.chapter_digest(first, [first], cfg))
+    assert len(seen) == 4
+
+
 def test_pictures_are_shrunk_to_256_colours_if_that_is_shorter():
     Image.linear_gradient('L').convert('RGB').save(file := io.BytesIO(), 'PNG')
     small = driver.smaller(base64.b64encode(file.getvalue()).decode())
