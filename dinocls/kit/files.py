@@ -67,23 +67,19 @@ def _known_digest(path: Path, *seen) -> str: return file_digest(path)
 @contextlib.contextmanager
 def replacing(path: Path):  # the file to write
     "Yield a temporary path beside `path`, which replaces it if the block ends well. Raise `UserError` if it can't."
-    path = Path(path)
+    path, name = Path(path), ''
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f'.{path.stem}-', suffix=path.suffix, dir=path.parent)
         os.close(handle)
-    except OSError as e: raise UserError(_cannot_write(path, e)) from None
-    try:
         yield Path(name)
         with contextlib.suppress(OSError): os.chmod(name, 0o644)  # not every file system has modes
         os.replace(name, path)
-    except OSError as e: raise UserError(_cannot_write(path, e)) from None
-    finally: Path(name).unlink(missing_ok=True)
-
-
-def _cannot_write(path, error) -> str:
-    "Say what could not be written, and why."
-    return f'Cannot write {path}: {reason(error)}; free space there or choose another folder with --out.'
+    except OSError as e:
+        why = f'Cannot write {path}: {reason(e)}; free space there or choose another folder with --out.'
+        raise UserError(why) from None
+    finally:
+        if name: Path(name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
