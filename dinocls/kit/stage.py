@@ -39,8 +39,7 @@ def open_run(cfg: Config) -> Path:
             raise UserError(f'{why}: choose another folder with --out, or delete that one.') from None
         _check_run(folder, record, wanted)
         return folder
-    if there:
-        raise UserError(f'{folder} is not empty and not a run folder: choose a new or empty one with --out.')
+    if there: raise UserError(f'{folder} is not empty and not a run folder: choose a new or empty one with --out.')
     about = {'format': RUN_FORMAT, 'version': machine.version(), 'preset': cfg.preset, 'config': wanted}
     write_json(folder/'run.json', about, sealed=True)
     return folder
@@ -48,10 +47,10 @@ def open_run(cfg: Config) -> Path:
 
 def _check_run(folder: Path, record: dict, wanted: dict):
     "Raise `UserError` unless `record` is of this format and configuration."
-    if not isinstance(record, dict) or record.get('format') != RUN_FORMAT:
-        made = record.get('version', 'unknown') if isinstance(record, dict) else 'unknown'
-        raise UserError(f'{folder} was written by another version of dinocls ({made}; this is {machine.version()}): '
-                        'choose a new folder with --out.')
+    if not isinstance(record, dict): record = {}
+    if record.get('format') != RUN_FORMAT:
+        raise UserError(f'{folder} was written by another version of dinocls ({record.get("version", "unknown")}; '
+                        f'this is {machine.version()}): choose a new folder with --out.')
     had = plain(dataclasses.asdict(Config())) | (record.get('config') or {})  # a later field was at its default
     other = [k for k in wanted if k not in NOT_READ and had.get(k) != wanted[k]]
     if other: raise UserError(f'{folder} holds a run with {other[0]}={had.get(other[0])!r}, this one has '
@@ -254,11 +253,10 @@ class Stage:
         for result in stored(cfg.folder, self.name):
             if any(plain(getattr(cfg, f, None)) != v for f, v in result.record['fields'].items()): continue
             why = self._objection(result.record, cfg)
-            if (not why or cfg.keep) and (damage := result.damage()):
-                objection = damage
-                continue
-            if not why or cfg.keep: return (_marked(result, why) if why else result), why
-            objection = f'{why} since {time.strftime("%Y-%m-%d %H:%M", time.localtime(result.record["started"]))}'
+            if why and not cfg.keep:
+                objection = f'{why} since {time.strftime("%Y-%m-%d %H:%M", time.localtime(result.record["started"]))}'
+            elif damage := result.damage(): objection = damage
+            else: return (_marked(result, why) if why else result), why
         return None, objection
 
     def _objection(self, record: dict, cfg: Config) -> str:
@@ -282,16 +280,18 @@ class Stage:
         if why: self._say(f'{self.name} is computed anew: {why}.')
         if not (cfg.folder/'run.json').exists(): open_run(cfg)
         partial, locks = self._places(cfg)
+        if machine.rank():  # takes part in what the first process computes, and waits for its result
+            self.fn(View(cfg, {}, {}), partial)
+            while not (found := self.find(cfg)[0]): time.sleep(0.1)
+            return found
         with contextlib.ExitStack() as held:
             try:
                 partial.parent.mkdir(parents=True, exist_ok=True)
-                for lock in () if machine.rank() else locks: held.enter_context(locked(lock))
-                found = None if machine.rank() else self.find(cfg)[0]
-                if not (found or machine.rank()): partial.mkdir(exist_ok=True)
+                for lock in locks: held.enter_context(locked(lock))
+                if not (found := self.find(cfg)[0]): partial.mkdir(exist_ok=True)
             except OSError as e:
                 raise UserError(f'{self.name} cannot be computed in {cfg.folder} ({reason(e)}): make it writable, or '
                                 'choose another folder with --out.') from None
-            if machine.rank(): return self._assist(cfg, partial)
             return found or self._compute(cfg, partial)
 
     def _say(self, sentence: str):
@@ -334,12 +334,6 @@ class Stage:
         shutil.rmtree(done, ignore_errors=True)
         partial.rename(done)
         return Result(done)
-
-    def _assist(self, cfg: Config, partial: Path) -> Result:
-        "Take part in a stage that the first process computes, and wait for its result."
-        self.fn(View(cfg, {}, {}), partial)
-        while not (found := self.find(cfg)[0]): time.sleep(0.1)
-        return found
 
 
 def stage(fn) -> Stage:
