@@ -125,12 +125,17 @@ def chapter_table(book: list, found: dict, repo: dict) -> str:  # chapters; name
     return '\n'.join(['| | chapter | |', '|---|---|---|', *rows])
 
 
+def telling(book: list, found: dict) -> list:  # chapters; name → findings
+    "Return the eight chapters with a figure and with most claims that could be decided, in the book's order."
+    def decided(c): return sum(claim['holds'] is not None for claim in found[c.name]['claims'])
+    drawn = [c for c in book if found.get(c.name, {}).get('figure')]
+    return sorted(sorted(drawn, key=decided, reverse=True)[:8], key=book.index)
+
+
 def findings_list(book: list, found: dict, by: str) -> str:  # chapters; name → findings; the run, in words
     "Return the README's list of what chapters asked and answered, the eight with most claims that could be decided."
-    def decided(c): return sum(claim['holds'] is not None for claim in found[c.name]['claims'])
-    told = sorted((c for c in book if found.get(c.name, {}).get('figure')), key=decided, reverse=True)[:8]
     lines = [f'- **[{c.question or c.title}]({RECORD}/{c.name}.ipynb)** {found[c.name]["answer"]}'
-             for c in book if c in told]
+             for c in telling(book, found)]
     return '\n'.join([*lines, '', f'{by} [Each number of the write-up that the book follows, beside this run\'s]'
                        '(docs/reported.md).'])
 

@@ -1,8 +1,8 @@
 "Pictures as a camera meant them: decoded by Pillow, upright, RGB; folders of them decoded once."
+import base64
 import contextlib
 import hashlib
 import io
-import json
 import os
 import shutil
 import stat
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .fetch import data_folder
-from .files import UserError, digest, expand, file_digest, locked, read_json, reason, replacing, write_json
+from .files import UserError, digest, expand, file_digest, locked, plain, read_json, reason, replacing, write_json
 from .machine import cores, memory_free, progress
 
 
@@ -74,10 +74,9 @@ def decode(source):  # path or bytes
     with contextlib.ExitStack() as held:
         file = io.BytesIO(source) if not isinstance(source, (str, os.PathLike)) else held.enter_context(_open(source))
         try: return to_rgb(held.enter_context(Image.open(file, formats=FORMATS)))
-        except (UnidentifiedImageError, Image.DecompressionBombError) as e:
-            bomb = isinstance(e, Image.DecompressionBombError)
-            raise ValueError(f'it claims more than {MAX_PIXELS:,} pixels' if bomb else
-                             f'it is not a picture in one of the formats {", ".join(FORMATS)}') from None
+        except Image.DecompressionBombError: raise ValueError(f'it claims more than {MAX_PIXELS:,} pixels') from None
+        except UnidentifiedImageError:
+            raise ValueError(f'it is not a picture in one of the formats {", ".join(FORMATS)}') from None
 
 
 def fit_to(picture, size: tuple):  # (width, height)
@@ -260,7 +259,6 @@ def _open_cache(file: Path) -> tuple | None:
 
 def _write_cache(file: Path, files: list, side: int) -> tuple:
     "Decode files into an array on disk, whole or not at all, and delete what was decoded of the folder before."
-    shape, broken = (), {}
     def make(wanted):  # on a full disk the process would be ended later, in the middle of writing
         if shutil.disk_usage(file.parent).free < 1.1 * np.prod(wanted, dtype=float): raise OSError('No space left')
         return np.memmap(tmp, np.uint8, 'w+', shape=wanted)
@@ -270,8 +268,7 @@ def _write_cache(file: Path, files: list, side: int) -> tuple:
         shape, size = images.shape, images.nbytes
         del images
         os.truncate(tmp, size)
-    about = {'shape': shape, 'broken': broken, 'sha256': file_digest(file), 'stamp': _stamp(file)}
-    about = json.loads(json.dumps(about))  # as it will be read
+    about = plain({'shape': shape, 'broken': broken, 'sha256': file_digest(file), 'stamp': _stamp(file)})
     write_json(file.with_suffix('.json'), [digest(about), about])  # last: it says that all is there
     for old in file.parent.glob(f'{file.name[:12]}-*'):
         if old.stem != file.stem:
@@ -320,3 +317,8 @@ def as_png(pixels: np.ndarray) -> bytes:
     from PIL import Image
     Image.fromarray(pixels).save(file := io.BytesIO(), 'PNG')
     return file.getvalue()
+
+
+def as_url(pixels: np.ndarray) -> str:
+    "Return uint8 pixels as an address that holds them."
+    return 'data:image/png;base64,' + base64.b64encode(as_png(pixels)).decode()
