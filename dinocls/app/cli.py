@@ -55,15 +55,11 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 Option = typer.Option
 
 
-def _show_version(wanted: bool):
-    if not wanted: return
-    print(f'dinocls {version()}')
-    raise typer.Exit
-
-
-@app.callback()
-def common(version: Annotated[bool, Option(
-        '--version', help='show the version', callback=_show_version, is_eager=True)] = False): pass
+@app.callback(invoke_without_command=True)
+def common(wanted: Annotated[bool, Option('--version', help='show the version')] = False):
+    if wanted:
+        print(f'dinocls {version()}')
+        raise typer.Exit
 
 
 PresetOption = Annotated[str, Option(
