@@ -115,14 +115,12 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
 def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None):
     "Fetch the data and the weights that a preset needs."
     from ..kit.datasets import loaded
-    from ..kit.fetch import weights_at_hand
-    from ..model import BACKBONES, backbone
+    from ..model import backbone
     cfg = settings(preset, config, set, None)
     data = loaded(cfg)
     print(f'{_data_at_hand(cfg)}: {len(data.images):,} images.')
     backbone(cfg.backbone, cfg.image_size, cfg.weights or None)
-    file = weights_at_hand(cfg.backbone, cfg.weights, BACKBONES[cfg.backbone].timm)
-    print(f'{cfg.backbone}: {f"weights are at hand in {file}" if file else "random weights, nothing to fetch"}.')
+    print(f'weights: {_weights_at_hand(cfg)}.')
 
 
 @app.command()

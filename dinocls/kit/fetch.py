@@ -1,7 +1,6 @@
 "What comes from elsewhere, data sets, weights, published files: from several sources, checked, whole or not at all."
 import contextlib
 import errno
-import hashlib
 import http.client
 import os
 import re
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import UserError, cache_folder, digest, expand, known_digest, locked, read_json, reason
+from .files import UserError, cache_folder, digest, expand, file_digest, known_digest, locked, read_json, reason
 from .machine import progress
 
 
@@ -41,11 +40,8 @@ def data_folder(root: str = '') -> Path:
 def intact(file: Path, checksum: str | None) -> bool:
     "Tell whether a file is there and has a checksum, as in `Published`."
     if not checksum or not file.is_file(): return file.is_file()
-    sum_ = hashlib.new({32: 'md5', 40: 'sha1', 64: 'sha256'}[len(checksum)], usedforsecurity=False)
-    if len(checksum) == 40: sum_.update(f'blob {file.stat().st_size}\0'.encode())
-    with open(file, 'rb') as f:
-        while block := f.read(2**20): sum_.update(block)
-    return sum_.hexdigest() == checksum
+    kind = {32: 'md5', 40: 'sha1', 64: 'sha256'}[len(checksum)]
+    return file_digest(file, kind, f'blob {file.stat().st_size}\0'.encode() if kind == 'sha1' else b'') == checksum
 
 
 def fetch(name: str, folder: Path, known: tuple,  # what is wanted; where it goes; the forms in which it is handed out
@@ -237,8 +233,7 @@ SHA256 = {  # of these files
 
 def shipped(backbone: str) -> Path:
     "Return where the package keeps the weights of one of the book's own backbones, whether they are there or not."
-    import dinocls
-    return Path(dinocls.__path__[0])/'weights'/f'{backbone}.safetensors'
+    return Path(__file__).parents[1]/'weights'/f'{backbone}.safetensors'
 
 
 def shipped_record(backbone: str) -> dict:

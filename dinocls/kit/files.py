@@ -46,9 +46,10 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    "Return the SHA-256 of a file, as 64 hex digits."
-    sha = hashlib.sha256()
+def file_digest(path: Path, kind: str = 'sha256',
+                before: bytes = b'') -> str:  # what is taken for the file's beginning
+    "Return the SHA-256 of a file, as 64 hex digits, or a digest of another kind."
+    sha = hashlib.new(kind, before, usedforsecurity=False)
     with open(path, 'rb') as f:
         while block := f.read(2**20): sha.update(block)
     return sha.hexdigest()
