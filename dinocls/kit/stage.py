@@ -324,10 +324,11 @@ class Stage:
         record = {'stage': self.name, 'fields': dict(sorted(fields.items())), 'content': content_of(cfg, fields),
                   'code': code_digests(self), 'after': after}
         key = digest(record)
-        record |= {'key': key, 'digest': digest(files), 'kept': _kept(cfg, after), 'git': machine.git_commit(),
-                   'config': plain(dataclasses.asdict(cfg)),
-                   'versions': machine.versions(), 'hardware': machine.hardware(),
-                   'peak_memory_mb': machine.peak_memory(), 'started': round(start),
+        stale = [name for name in after if (record_of(cfg.folder/'stages'/name) or {}).get('kept')]
+        record |= {'key': key, 'digest': digest(files), 'git': machine.git_commit(),
+                   'kept': f'it rests on {", ".join(stale)}, kept although stale' if stale else '',
+                   'config': plain(dataclasses.asdict(cfg)), 'versions': machine.versions(),
+                   'hardware': machine.hardware(), 'peak_memory_mb': machine.peak_memory(), 'started': round(start),
                    'seconds': round(time.perf_counter() - clock, 3), 'parts': kinds, 'files': files}
         write_json(partial/'run.json', record, sealed=True)
         done = cfg.folder/'stages'/f'{self.name}-{key[:12]}'
@@ -395,12 +396,6 @@ def _marked(result: Result, why: str) -> Result:
     "Write into a result's record that it was kept, and why."
     if result.record['kept'] != why: write_json(result.folder/'run.json', result.record | {'kept': why}, sealed=True)
     return Result(result.folder)
-
-
-def _kept(cfg: Config, after: dict) -> str:
-    "Say which of the results that were used were kept although they are stale, or nothing."
-    names = [name for name in after if (record_of(cfg.folder/'stages'/name) or {}).get('kept')]
-    return f'it rests on {", ".join(names)}, kept although stale' if names else ''
 
 
 def forget(folder: Path, names):  # run folder; stages
