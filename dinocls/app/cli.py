@@ -1,5 +1,6 @@
 "The command `dinocls`."
 import contextlib
+import glob
 import json
 import re
 import shlex
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from PIL import Image
 
 from ..kit import config as configuration
 from ..kit.config import PRESETS, Config, parse_overrides, root
-from ..kit.fetch import FULL
+from ..kit.datasets import at_hand, loaded
+from ..kit.fetch import FULL, data_folder, remote, weights_at_hand
 from ..kit.files import UserError, as_os_error, expand, nearest, reason, replacing
 from ..kit.machine import hardware, rank, version, versions
+from ..kit.pictures import pictures, to_pixels
 from ..kit.stage import open_run
 from .driver import chapters, duration, jobs, run_book, short, stages
 from .site import RECORD, generated, repositories
@@ -114,7 +118,6 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
 @app.command()
 def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None):
     "Fetch the data and the weights that a preset needs."
-    from ..kit.datasets import loaded
     from ..model import backbone
     cfg = settings(preset, config, set, None)
     data = loaded(cfg)
@@ -165,9 +168,6 @@ def served_path(model: Path | None, cfg: Config) -> Path:
 def find_pictures(paths: list[str]) -> list:  # Path, or bytes of what came in
     """Return the pictures that are meant: files, all that is in folders, what patterns match, and standard input for a
     dash. What is not there stays, to be told."""
-    import glob
-    from PIL import Image
-    from ..kit.pictures import pictures
     Image.init()  # which endings are a picture's
     found = []
     for text in paths:
@@ -196,13 +196,12 @@ def draw_attention(served, items: list, names: list, file: Path) -> Path:
     import numpy as np
     import torch
     from ..attention import draw_maps, gather_attention
-    from ..kit.pictures import to_pixels
-    pictures = {}
+    usable = {}
     for item, name in zip(items, names):
-        with contextlib.suppress(UserError): pictures[name] = to_pixels(item, served.native)
-        if len(pictures) == 12: break
-    if not pictures: raise UserError('There is no picture to draw attention over.')
-    shown = np.stack(list(pictures.values()))
+        with contextlib.suppress(UserError): usable[name] = to_pixels(item, served.native)
+        if len(usable) == 12: break
+    if not usable: raise UserError('There is no picture to draw attention over.')
+    shown = np.stack(list(usable.values()))
     images = torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous()
     heads = gather_attention(served.model, images, served.cfg, slice(-1, None))[0][:, 0]
     maps = np.concatenate([heads.mean(1, keepdims=True), heads[:, :6]], 1)
@@ -307,8 +306,7 @@ def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
           preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Answer over HTTP, until it is stopped."
     from ..inference import ProductionModel
-    from .service import limits_from, listen
-    from .service import serve as start
+    from .service import limits_from, listen, serve as start
     limits_from(limits := parse_overrides(shlex.join(limit or [])))  # what can be refused is refused before work begins
     listen(host, port).close()
     served = ProductionModel(served_path(folder, settings(preset, config, set, out)), device, backend)
@@ -333,8 +331,6 @@ def doctor(preset: PresetOption = '', config: ConfigOption = None, set: SetOptio
 
 def _data_at_hand(cfg: Config) -> str:
     "Say whether the configured dataset is there, without fetching it."
-    from ..kit.datasets import at_hand
-    from ..kit.fetch import data_folder
     if cfg.dataset == 'digits': return 'digits, inside scikit-learn'
     if cfg.dataset == 'imagefolder':
         return cfg.data_root + ('' if Path(cfg.data_root, 'train').is_dir() else ' (no train folder there)')
@@ -345,7 +341,6 @@ def _data_at_hand(cfg: Config) -> str:
 
 def _weights_at_hand(cfg: Config) -> str:
     "Say whether the configured weights are there, without fetching them."
-    from ..kit.fetch import remote, weights_at_hand
     from ..model import BACKBONES
     if cfg.weights == 'random': return 'random'
     file = weights_at_hand(cfg.backbone, cfg.weights, BACKBONES[cfg.backbone].timm)

