@@ -237,15 +237,11 @@ class Service:
         self.work = Histogram('dinocls_batch_seconds', 'Seconds that the model took for a batch', **here)
         from anyio import CapacityLimiter
         self.readers = CapacityLimiter(limits.readers)
+        def count(pictures, seconds): self.batches.observe(pictures), self.work.observe(seconds)
         self.batcher = Batcher(model.answers, limits.max_batch, limits.max_queue, limits.wait_ms / 1000,
-                               limits.timeout / 2, self.count)
+                               limits.timeout / 2, count)
         Gauge('dinocls_held_pictures', 'Pictures in the service', **here).set_function(lambda: self.batcher.held)
         self.example = model.answers([np.full((*model.native, 3), 128, np.uint8)])[0]  # the first call, a slow one
-
-    def count(self, pictures: int, seconds: float):
-        "Count a batch."
-        self.batches.observe(pictures)
-        self.work.observe(seconds)
 
     async def read(self, data: bytes) -> np.ndarray:
         """Decode a picture in a process of its own. Raise `Refusal`, also where that process had to be ended; another

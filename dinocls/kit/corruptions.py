@@ -99,20 +99,16 @@ def speckle_noise(x, sigma, draws):
     return x + x * draws.normal(*x.shape[1:], sigma=sigma)
 
 
-def _bell(n: int, sigma: float, mode: str = 'nearest', truncate: float = 4) -> Tensor:  # (n, n)
-    "Return the matrix that blurs n pixels with a Gaussian; what lies beyond the border is as SciPy's `mode` says."
-    eye = np.eye(n)
-    return torch.from_numpy(ndimage.gaussian_filter1d(eye, sigma, 0, mode=mode, truncate=truncate) if sigma else eye)
-
-
 def _product(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     "Apply a matrix to the columns of images and one to their rows."
     return rows.to(x) @ x @ cols.to(x).T
 
 
-def _blur(x: Tensor, sigma: float, **how) -> Tensor:
-    "Blur images with a Gaussian."
-    return _product(x, *(_bell(n, sigma, **how) for n in x.shape[-2:]))
+def _blur(x: Tensor, sigma: float, mode: str = 'nearest', truncate: float = 4) -> Tensor:
+    "Blur images with a Gaussian; what lies beyond the border is as SciPy's `mode` says."
+    if not sigma: return x
+    bells = (ndimage.gaussian_filter1d(np.eye(n), sigma, 0, mode=mode, truncate=truncate) for n in x.shape[-2:])
+    return _product(x, *map(torch.from_numpy, bells))
 
 
 def _unit(x: Tensor) -> float:

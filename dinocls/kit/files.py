@@ -16,15 +16,12 @@ import numpy as np
 
 class UserError(Exception):
     "A mistake that the user can mend, told in one sentence, which shows no password or token of an address."
-    def __init__(self, sentence=''): super().__init__(without_secrets(str(sentence)))
+    def __init__(self, sentence=''):
+        sentence = re.sub(r'(\w+://[^\s?#]+\?)[^\s#;,)\'"]+', r'\1…', str(sentence))  # the query of an address
+        super().__init__(re.sub(r'(\w+://)[^/@\s]*@', r'\1…@', sentence))  # user and password
 
     def _render_traceback_(self):  # how IPython shows the exception
         return [f'{type(self).__name__}: {self}']
-
-
-def without_secrets(text: str) -> str:
-    "Hide user, password and query of each address in a text."
-    return re.sub(r'(\w+://)[^/@\s]*@', r'\1…@', re.sub(r'(\w+://[^\s?#]+\?)[^\s#;,)\'"]+', r'\1…', text))
 
 
 def nearest(word: str,  # what was given

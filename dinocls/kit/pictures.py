@@ -169,13 +169,6 @@ def _not_now(file: Path, error: Exception) -> Unreadable:
                      'make it readable, and try again.')
 
 
-def _sizes(files: list) -> list:
-    "Return the sizes that the headers of files tell, (width, height); those of broken ones are left out."
-    def size(i):
-        with contextlib.suppress(Exception), Image.open(files[i], formats=FORMATS) as image: return image.size
-    return [s for s in _in_groups(lambda group: [*map(size, group)], files) if s]
-
-
 def _decode_into(files: list, side: int, make) -> tuple[np.ndarray, dict]:  # make: shape → array
     "Decode files into an array (n, height, width, 3), all of one size, without the broken ones; return it, and those."
     for file in files:
@@ -187,7 +180,10 @@ def _decode_into(files: list, side: int, make) -> tuple[np.ndarray, dict]:  # ma
     width, height = (max(1, round(n * least / min(size))) for n in size)
     try: return _filled(make((len(files), height, width, 3)), files, size)
     except _Mixed: pass  # seldom known before some are decoded, and then soon
-    least = int(np.median([min(s) for s in _sizes(files)]))
+    def shorter(i):  # side, as the file's header tells
+        with contextlib.suppress(Exception), Image.open(files[i], formats=FORMATS) as image: return min(image.size)
+    sides = _in_groups(lambda group: [*map(shorter, group)], files)
+    least = int(np.median([s for s in sides if s]))
     least = min(side or least, least)
     return _filled(make((len(files), least, least, 3)), files, None)
 
