@@ -291,16 +291,14 @@ def bench(model: ModelOption = None,
 
 @app.command()
 def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
-          host: Annotated[str, Option(
-              help='address to listen on; 0.0.0.0: every one of this machine')] = '127.0.0.1',
+          host: Annotated[str, Option(help='address to listen on; 0.0.0.0: every one of this machine')] = '127.0.0.1',
           port: Annotated[int, Option(help='port to listen on; 0: any that is free')] = 8000,
           api_key: Annotated[str, Option(envvar='DINOCLS_API_KEY', help='what clients have to send; better set in the '
                                          'environment, where no list of processes shows it')] = '',
           device: DeviceOption = 'auto', backend: BackendOption = 'auto',
-          page: Annotated[bool, Option(
-              '--page/--no-page', help='a page for the browser')] = True,
+          page: Annotated[bool, Option(help='a page for the browser')] = True,
           name: Annotated[list[str] | None, Option(
-              '--name', help='what clients call this machine beside its numbers; may be repeated')] = None,
+              help='what clients call this machine beside its numbers; may be repeated')] = None,
           limit: Annotated[list[str] | None, Option(
               '--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None,
           preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):

@@ -203,9 +203,8 @@ class Job:
                 job.kernel = psutil.Process(self.provisioner.pid)
 
         try:
-            papermill.execute_notebook(
-                str(self.chapter.path), str(executing), parameters(self.cfg), progress_bar=False,
-                kernel_name='python3', kernel_manager_class=Manager)
+            papermill.execute_notebook(str(self.chapter.path), str(executing), parameters(self.cfg), progress_bar=False,
+                                       kernel_name='python3', kernel_manager_class=Manager)
         except papermill.PapermillExecutionError as e:
             error = {'cell': e.cell_index, 'error': e.ename, 'text': e.evalue.strip() and reason(e.evalue)}
         except RuntimeError as e: error = {'text': f'{reason(e)}, perhaps for lack of memory'}  # there is no kernel

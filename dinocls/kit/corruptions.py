@@ -389,8 +389,7 @@ def _check(images, name, severity, seed, first):
 def corrupt(images,  # uint8, array (n, h, w, 3) or tensor (n, 3, h, w)
             name: str,  # a name in `CORRUPTIONS`
             severity: int,  # 1 to 5
-            seed: int = 0,
-            first: int = 0):  # position of the first image in its set → uint8, as the images were
+            seed: int = 0, first: int = 0):  # position of the first image in its set → uint8, as the images were
     "Corrupt images as CIFAR-10-C does. Raise `UserError` for an unknown name, a wrong severity or other images."
     _check(images, name, severity, seed, first)
     if isinstance(images, np.ndarray):

@@ -89,8 +89,7 @@ def synchronise(device: torch.device):
     elif device.type == 'mps': torch.mps.synchronize()
 
 
-def measure(call, batch: list,
-            seconds: float,  # time spent measuring
+def measure(call, batch: list, seconds: float,  # time spent measuring
             device: torch.device) -> dict:
     "Time `call(batch)` again and again, warm-up excluded: images/s, latency p50, p95 and p99 in ms, timed runs."
     times, warm, started = [], 0, time.perf_counter()
@@ -106,8 +105,7 @@ def measure(call, batch: list,
             'runs': len(times)}
 
 
-def measure_sizes(call, items: list,
-                  sizes, seconds: float, device) -> list[dict]:
+def measure_sizes(call, items: list, sizes, seconds: float, device) -> list[dict]:
     "Measure batch sizes in rising order, on items repeated as needed, as long as one takes at most 5 × `seconds`."
     rows = []
     for size in sorted(sizes):
@@ -139,8 +137,7 @@ def agreement(probabilities: np.ndarray, expected: np.ndarray,  # (n, classes) e
     return {'largest': float(off.max()), 'same': float(same.mean()), 'same_if_clear': clear}
 
 
-def difference(subject: Subject, run: Callable,
-               precision: str,  # what the engine computes in
+def difference(subject: Subject, run: Callable, precision: str,  # what the engine computes in
                pictures: int) -> str:  # to compare
     "Say in what answers differ from PyTorch's by more than that precision explains; nothing if they are equal."
     if precision == 'fp32' and subject.device.type == 'cuda': precision = 'bf16'  # GPUs multiply fp32 in TF32

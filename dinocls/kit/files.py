@@ -43,8 +43,7 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def file_digest(path: Path, kind: str = 'sha256',
-                before: bytes = b'') -> str:  # what is taken for the file's beginning
+def file_digest(path: Path, kind: str = 'sha256', before: bytes = b'') -> str:  # what is to precede the content
     "Return the SHA-256 of a file, as 64 hex digits, or a digest of another kind."
     sha = hashlib.new(kind, before, usedforsecurity=False)
     with open(path, 'rb') as f:

@@ -291,8 +291,7 @@ def to_pixels(item,  # path, bytes, Pillow image, array or tensor
         elif isinstance(item, np.ndarray) or hasattr(item, 'detach'): image = from_array(item)
         elif isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)): image = decode(item)
         else:
-            raise ValueError(f'it is a {type(item).__name__}: '
-                             'give a path, bytes, a Pillow image, an array or a tensor')
+            raise ValueError(f'it is a {type(item).__name__}: give a path, bytes, a Pillow image, an array or a tensor')
         if 0 < (bits := getattr(image, 'bits_used', 0)) <= 12:
             raise ValueError(f'of 16 bits a channel it uses {bits} and would be nearly black: multiply its values by '
                              f'{2 ** (16 - bits)}, or save it with 8 bits')
