@@ -17,7 +17,7 @@ from ..kit import config as configuration
 from ..kit.config import PRESETS, Config, parse_overrides, root
 from ..kit.datasets import at_hand, loaded
 from ..kit.fetch import FULL, data_folder, remote, weights_at_hand
-from ..kit.files import UserError, as_os_error, expand, nearest, reason, replacing
+from ..kit.files import UserError, as_os_error, expand, explain, nearest, reason, replacing
 from ..kit.machine import hardware, rank, version, versions
 from ..kit.pictures import pictures, to_pixels
 from ..kit.stage import open_run
@@ -43,10 +43,9 @@ def settings(preset: str, config: Path | None, fields: list[str] | None, out: Pa
 def _read_yaml(path: Path) -> dict:
     "Read a configuration file: `preset: quick` and single fields."
     import yaml
-    try: given = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror}): give a YAML file.') from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(f'{path} is not YAML ({reason(e)}): write lines of the form field: value.') from None
+    wrong = (yaml.YAMLError, ValueError, RecursionError), f'{path} is not YAML', 'write lines of the form field: value.'
+    with explain(OSError, f'{path} cannot be read', 'give a YAML file.'), explain(*wrong):
+        given = yaml.safe_load(path.read_text(encoding='utf-8'))
     if not isinstance(given, dict): raise UserError(f'{path} holds no fields: write lines of the form field: value.')
     empty = [str(k) for k, v in given.items() if v is None]
     if empty: raise UserError(f'{path} gives {empty[0]} no value: write one behind the colon, or delete the line.')

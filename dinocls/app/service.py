@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
 
-from ..kit.files import UserError, nearest, reason
+from ..kit.files import UserError, explain, nearest, reason
 from ..kit.machine import cores, install, version
 from ..kit.pictures import as_png, to_pixels
 
@@ -543,10 +543,9 @@ def create_app(model,  # a `ProductionModel`
 def listen(host: str, port: int) -> socket.socket:
     "Return a socket that listens. Raise `UserError` if there is none to be had."
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    try: made = socket.create_server((host, port), family=family, backlog=256)
-    except (OSError, OverflowError, UnicodeError) as e:
-        why = f'Cannot listen on {host}, port {port} ({reason(e)})'
-        raise UserError(f'{why}: choose another --port, or --host.') from None
+    with explain((OSError, OverflowError, UnicodeError), f'Cannot listen on {host}, port {port}',
+                 'choose another --port, or --host.'):
+        made = socket.create_server((host, port), family=family, backlog=256)
     # asyncio sends small packets at once only where the protocol is named; else each answer waits 40 ms to be confirmed
     return socket.socket(made.family, made.type, socket.IPPROTO_TCP, made.detach())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..kit.config import PRESETS, preset, root
 from ..kit.figures import read_findings
-from ..kit.files import UserError, read_json, reason, replacing
+from ..kit.files import explain, read_json, reason, replacing
 
 RECORD, OF = 'outputs/record-laptop', 'laptop'  # the committed run that README and site show, and its preset
 NOBODY = 'dinocls'  # the user whom settings.ini names until the book has an owner
@@ -15,12 +15,10 @@ NOBODY = 'dinocls'  # the user whom settings.ini names until the book has an own
 
 def read_notebook(path: Path) -> dict:
     "Read a notebook. Raise `UserError` if it is damaged."
-    try:
+    with explain((OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError), f'{path} is not a '
+                 'notebook, or damaged', 'run the chapter again, or take it from git if it is a source.'):
         nb = json.loads(path.read_text(encoding='utf-8'))
         for cell in nb['cells']: cell['cell_type'], cell['metadata'].get('tags'), ''.join(cell['source'])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f'{path} is not a notebook, or damaged ({reason(e)}): run the chapter again, or take it from '
-                        'git if it is a source.') from None
     return nb
 
 

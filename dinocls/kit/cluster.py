@@ -12,7 +12,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .files import UserError, reason, replacing
+from .files import UserError, explain, reason, replacing
 from .machine import install, progress
 from .stage import STAGES, Result, code_digests, open_run, record_of
 
@@ -93,10 +93,9 @@ def _ray(cfg):
     try: import ray
     except ImportError: raise UserError(f'A cluster of Ray needs ray: {install("ray")}.') from None
     if mine := not ray.is_initialized():
-        try: ray.init(address='auto', log_to_driver=False, logging_level='ERROR')
-        except (ConnectionError, RuntimeError, ValueError) as e:
-            raise UserError(f'No cluster of Ray can be used ({reason(e)}): start one by `ray start --head`, or name it '
-                            'in $RAY_ADDRESS.') from None
+        with explain((ConnectionError, RuntimeError, ValueError), 'No cluster of Ray can be used',
+                     'start one by `ray start --head`, or name it in $RAY_ADDRESS.'):
+            ray.init(address='auto', log_to_driver=False, logging_level='ERROR')
     try:
         nodes = [n['Resources'] for n in ray.nodes() if n['Alive'] and n['Resources'].get('CPU')]
         gpus = [n for n in nodes if n.get('GPU')] if cfg.device != 'cpu' else []

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import UserError, cache_folder, digest, file_digest, locked, nearest, reason, recall, remember, replacing
+from .files import (
+    UserError, cache_folder, digest, explain, file_digest, locked, nearest, reason, recall, remember, replacing)
 from .machine import cpu_name, install, version, versions
 
 CLOSE = {'fp32': 1e-3, 'bf16': 0.1, 'fp16': 0.1, 'int8': 0.2}  # what rounding may change, as a share of the largest
@@ -196,11 +197,10 @@ def export_onnx(subject: Subject, file: Path) -> Path:
     instead = 'use the backend torch or compile.'
     host.expected(4)  # what is worked out once, as the matrices that resize, is in the graph a constant
     with replacing(Path(file)) as tmp, silent():
-        try: torch.onnx.export(Prepared(host).eval(), (host.pictures(3),), str(tmp), dynamo=True, verbose=False,
-                               input_names=['images'], output_names=['logits'], external_data=False,
-                               dynamic_shapes={'images': {0: torch.export.Dim('n', min=1, max=2**16)}})
-        except Exception as e:  # whatever the exporter raises
-            raise UserError(f'The model cannot be exported to ONNX ({reason(e)}): {instead}') from None
+        with explain(Exception, 'The model cannot be exported to ONNX', instead):  # whatever the exporter raises
+            torch.onnx.export(Prepared(host).eval(), (host.pictures(3),), str(tmp), dynamo=True, verbose=False,
+                              input_names=['images'], output_names=['logits'], external_data=False,
+                              dynamic_shapes={'images': {0: torch.export.Dim('n', min=1, max=2**16)}})
         if why := difference(host, session(tmp), 'fp32', 4):
             raise UserError(f'The exported graph answers otherwise than the model ({why}): {instead}')
     return Path(file)

@@ -38,6 +38,13 @@ def reason(error: Exception | str) -> str:
     return text.splitlines()[0][:160].rstrip('.')
 
 
+@contextlib.contextmanager
+def explain(kinds, what: str, remedy: str):  # of exceptions
+    "Tell exceptions of a block in a sentence: what went wrong, why, and what to do."
+    try: yield
+    except kinds as e: raise UserError(f'{what} ({reason(e)}): {remedy}') from None
+
+
 def digest(value) -> str:
     "Return the SHA-256 of a value's canonical JSON, as 64 hex digits."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

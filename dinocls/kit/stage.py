@@ -21,7 +21,7 @@ import numpy as np
 from . import machine
 from .config import FIELDS, WHERE, Config, parse_overrides, preset
 from .files import (
-    UserError, as_os_error, digest, known_digest, locked, plain, read_json, reason, replacing, write_json)
+    UserError, as_os_error, digest, explain, known_digest, locked, plain, read_json, reason, replacing, write_json)
 
 RUN_FORMAT = 2  # layout of a run folder; raised when an older one could be misread
 STAGES = {}  # name → stage, filled as modules are imported
@@ -285,13 +285,11 @@ class Stage:
             while not (found := self.find(cfg)[0]): time.sleep(0.1)
             return found
         with contextlib.ExitStack() as held:
-            try:
+            with explain(OSError, f'{self.name} cannot be computed in {cfg.folder}',
+                         'make it writable, or choose another folder with --out.'):
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 for lock in locks: held.enter_context(locked(lock))
                 if not (found := self.find(cfg)[0]): partial.mkdir(exist_ok=True)
-            except OSError as e:
-                raise UserError(f'{self.name} cannot be computed in {cfg.folder} ({reason(e)}): make it writable, or '
-                                'choose another folder with --out.') from None
             return found or self._compute(cfg, partial)
 
     def _say(self, sentence: str):
