@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
 
 from ..kit.files import UserError, explain, nearest, reason
-from ..kit.machine import cores, install, version
+from ..kit.machine import cores, needing, version
 from ..kit.pictures import as_png, to_pixels
 
 
@@ -499,16 +499,7 @@ def add_endpoints(app, service: Service):
     async def metrics(): return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@contextlib.contextmanager
-def extra():
-    "Say what to install where a library is missing."
-    try: yield
-    except ModuleNotFoundError as e:
-        if (e.name or '').startswith('dinocls'): raise
-        raise UserError(f'The service needs {e.name}: {install("serve")}.') from None
-
-
-@extra()
+@needing('serve', 'The service')
 def create_app(model,  # a `ProductionModel`
                api_key: str = '',  # empty: everyone may ask
                page: bool = True,  # a page at /
@@ -550,7 +541,7 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.socket(made.family, made.type, socket.IPPROTO_TCP, made.detach())
 
 
-@extra()
+@needing('serve', 'The service')
 def serve(model, host: str = '127.0.0.1', port: int = 8000,  # 0: any that is free
           api_key: str = '', page: bool = True, names=(), **limits):
     "Serve a model until SIGINT or SIGTERM. Raise `UserError` for a missing library, a port taken or a wrong limit."

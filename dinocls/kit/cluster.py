@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from .files import UserError, explain, reason, replacing
-from .machine import install, progress
+from .machine import needing, progress
 from .stage import STAGES, Result, code_digests, open_run, record_of
 
 TRIES = 3  # a worker that does not see the run folder says so first; what it made may rest on what another made, too
@@ -90,8 +90,7 @@ def _known(stage, cfg) -> dict:
 @contextlib.contextmanager
 def _ray(cfg):
     "Yield what sends work to Ray, a GPU's share for each; $RAY_ADDRESS or this machine says which cluster."
-    try: import ray
-    except ImportError: raise UserError(f'A cluster of Ray needs ray: {install("ray")}.') from None
+    with needing('ray', 'A cluster of Ray'): import ray
     if mine := not ray.is_initialized():
         with explain((ConnectionError, RuntimeError, ValueError), 'No cluster of Ray can be used',
                      'start one by `ray start --head`, or name it in $RAY_ADDRESS.'):
@@ -109,8 +108,7 @@ def _ray(cfg):
 @contextlib.contextmanager
 def _dask(cfg):
     "Yield what sends work to Dask, one for each worker; $DASK_SCHEDULER_ADDRESS says which cluster."
-    try: import dask, distributed
-    except ImportError: raise UserError(f'A cluster of Dask needs distributed: {install("dask")}.') from None
+    with needing('dask', 'A cluster of Dask'): import dask, distributed
     if not (address := dask.config.get('scheduler-address', None)):
         raise UserError('Which cluster of Dask? Name its scheduler in $DASK_SCHEDULER_ADDRESS, as in tcp://host:8786.')
     try: client = distributed.Client(address, set_as_default=False)

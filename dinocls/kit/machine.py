@@ -58,6 +58,15 @@ def install(extra: str) -> str:  # a name of settings.ini, as lora of `lora_requ
     return f"`pip install '.[{extra}]'` in the book's folder"
 
 
+@contextlib.contextmanager
+def needing(extra: str, what: str):  # as in 'The service'
+    "Say what to install where a library is missing. Raise `UserError` then."
+    try: yield
+    except ModuleNotFoundError as e:
+        if (e.name or '').startswith('dinocls'): raise
+        raise UserError(f'{what} needs {e.name}: {install(extra)}.') from None
+
+
 @functools.lru_cache
 def versions() -> dict:
     "Return the versions of Python and of the libraries that decide results."
