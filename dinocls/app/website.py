@@ -147,10 +147,9 @@ def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; boo
         cell['source'] = text
     done = record['chapters'].get(c.name, {})
     took = f': {done["seconds"]:.0f} s, {done["peak_mb"]:,} MB' if 'seconds' in done else ''
-    chips = {'Open in Colab': colab, 'Executed notebook': f'{c.name}.ipynb', 'Source': source,
+    chips = {'Open in Colab': colab, 'Executed notebook': copy.is_file() and f'{c.name}.ipynb', 'Source': source,
              f'Run {run.name}{took}' if copy.is_file() else f'Run {run.name} has not executed it': 'record.html'}
-    if not copy.is_file(): del chips['Executed notebook']
-    row = ' '.join(f'<a class="chip" href="{url}">{text}</a>' for text, url in chips.items())
+    row = ' '.join(f'<a class="chip" href="{url}">{text}</a>' for text, url in chips.items() if url)
     nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'links', 'metadata': {}, 'source': row})
     cells, folded = [], None
     for cell in nb['cells']:
