@@ -98,15 +98,6 @@ def parameters(cfg: Config) -> dict:
     return {k: v for k, v in given.items() if v}
 
 
-def check_parameters(path: Path, given: dict):
-    "Raise `UserError` if a notebook lacks one of the parameters."
-    import papermill
-    known = papermill.inspect_notebook(str(path))
-    for name in sorted(given.keys() - known.keys()):
-        mend = nearest(name, known) if known else 'no cell is tagged parameters.'
-        raise UserError(f'{path.name} has no parameter {name!r}: {mend}')
-
-
 def tidy(notebook: Path, findings: Findings | None = None) -> str:
     """Return an executed notebook without times, durations, random ids and this machine's paths; the answer that the
     chapter found, if it says so, stands below its title, and at its end the reasons alone."""
@@ -348,7 +339,11 @@ def run_book(cfg: Config, which: str = '', force: bool = False,
     papermill.log.logger.disabled = True  # errors are told by the records
     chosen = choose(chapters(), which)
     if eager: chosen = [c if read_chapter(c.path).reads == ('all',) else replace(c, reads=()) for c in chosen]
-    for c in chosen: check_parameters(c.path, parameters(cfg))
+    for c in chosen:  # papermill would only warn
+        known = papermill.inspect_notebook(str(c.path))
+        if lacking := sorted(parameters(cfg).keys() - known.keys()):
+            mend = nearest(lacking[0], known) if known else 'no cell is tagged parameters.'
+            raise UserError(f'{c.path.name} has no parameter {lacking[0]!r}: {mend}')
     if cfg.backbone.startswith('book-') and not cfg.weights: shipped_record(cfg.backbone)  # refused before work begins
     cache = open_run(cfg)/'stages'
     cache.mkdir(exist_ok=True)

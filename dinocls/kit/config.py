@@ -232,21 +232,16 @@ def make(**values) -> Config:
     for name in values:
         if name not in FIELDS: raise UserError(f'Unknown field {name!r} in the configuration: {nearest(name, FIELDS)}')
     try: return Config(**values)
-    except ValidationError as e: raise UserError(_complaint(e)) from None
-
-
-def _complaint(error) -> str:
-    "Say in a sentence what is wrong with a value."
-    first = error.errors()[0]
+    except ValidationError as e: first = e.errors()[0]
     def short(value): return text if len(text := repr(value)) < 100 else f'{text[:100]}…'
     (name, *place), given, kind, limits = first['loc'], first['input'], first['type'], first.get('ctx', {})
-    if kind == 'literal_error': return f'Unknown {name} {short(given)}: {nearest(given, choices(name))}'
+    if kind == 'literal_error': raise UserError(f'Unknown {name} {short(given)}: {nearest(given, choices(name))}')
     words = {'greater_than_equal': 'at least {ge}', 'greater_than': 'above {gt}', 'less_than': 'below {lt}',
              'less_than_equal': 'at most {le}', 'too_short': 'at least {min_length} long'}
     expected = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text',
                 tuple: f'a list of numbers, as in {FIELDS[name].default}'}[type(FIELDS[name].default)]
     must = f'it must be {words[kind].format(**limits)}' if kind in words else f'expected {expected}'
-    return f'{name}={short(given)}{" (within the list)" if place else ""} in the configuration: {must}.'
+    raise UserError(f'{name}={short(given)}{" (within the list)" if place else ""} in the configuration: {must}.')
 
 
 def root() -> Path:

@@ -32,21 +32,15 @@ def open_run(cfg: Config) -> Path:
     "Return the run folder, made if need be. Raise `UserError` if it cannot be written, or is another run's."
     folder, wanted = cfg.folder, plain({f: getattr(cfg, f) for f in FIELDS if f not in WHERE})
     there = [p for p in folder.iterdir() if not p.name.startswith('.run-')] if folder.is_dir() else []
-    if (folder/'run.json').exists():  # asked after `there`: another process may be opening it
-        try: record = read_json(folder/'run.json')
-        except UserError as e:
-            why = str(e).partition(': ')[0]
-            raise UserError(f'{why}: choose another folder with --out, or delete that one.') from None
-        _check_run(folder, record, wanted)
+    if not (folder/'run.json').exists():  # asked after `there`: another process may be opening it
+        if there: raise UserError(f'{folder} is not empty and not a run folder: choose a new or empty one with --out.')
+        about = {'format': RUN_FORMAT, 'version': machine.version(), 'preset': cfg.preset, 'config': wanted}
+        write_json(folder/'run.json', about, sealed=True)
         return folder
-    if there: raise UserError(f'{folder} is not empty and not a run folder: choose a new or empty one with --out.')
-    about = {'format': RUN_FORMAT, 'version': machine.version(), 'preset': cfg.preset, 'config': wanted}
-    write_json(folder/'run.json', about, sealed=True)
-    return folder
-
-
-def _check_run(folder: Path, record: dict, wanted: dict):
-    "Raise `UserError` unless `record` is of this format and configuration."
+    try: record = read_json(folder/'run.json')
+    except UserError as e:
+        why = str(e).partition(': ')[0]
+        raise UserError(f'{why}: choose another folder with --out, or delete that one.') from None
     if not isinstance(record, dict): record = {}
     if record.get('format') != RUN_FORMAT:
         raise UserError(f'{folder} was written by another version of dinocls ({record.get("version", "unknown")}; '
@@ -55,6 +49,7 @@ def _check_run(folder: Path, record: dict, wanted: dict):
     other = [k for k in wanted if k not in NOT_READ and had.get(k) != wanted[k]]
     if other: raise UserError(f'{folder} holds a run with {other[0]}={had.get(other[0])!r}, this one has '
                               f'{other[0]}={wanted[other[0]]!r}: choose another folder with --out, or delete that one.')
+    return folder
 
 
 def configure(name: str,  # preset
