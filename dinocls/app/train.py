@@ -24,8 +24,7 @@ from .driver import short
 # On DINOv2's features a small head and the rates of preset best, because own pictures are few and the backbone is good;
 # the book's own backbone knows small photographs of ten kinds, and has more to learn.
 _DINOV2 = dict(phase1_lr=1e-3, lr_backbone=1e-5, lr_head=1e-3, head_widths=(256,), head_dropout=(0.25,))
-_OWN = dict(backbone='book-cifar', image_size=32, phase1_lr=1e-3, lr_backbone=1e-4, lr_head=1e-3, head_widths=(256,),
-            head_dropout=(0.25,))
+_OWN = _DINOV2 | dict(backbone='book-cifar', image_size=32, lr_backbone=1e-4)
 SIDES = 224, 154, 112  # pixels, multiples of DINOv2's patch
 STEPS = 400, 200  # of both phases, which small sets repeat their pictures for
 
