@@ -162,11 +162,6 @@ class Job:
         (self.cfg.folder/'stages'/kind).mkdir(parents=True, exist_ok=True)
         return self.cfg.folder/'stages'/kind/f'{self.chapter.name}{suffix}'
 
-    def state(self) -> dict:
-        "Return what the chapter last said of its progress."
-        with contextlib.suppress(OSError, ValueError): return json.loads(self.file('progress').read_text('utf-8'))
-        return {}
-
     def family(self) -> list:
         "Return the kernel and its children, as far as they live; note the memory that they take."
         found = []
@@ -229,7 +224,9 @@ class Run:
                 while order.is_active():
                     ready += map(self.jobs.get, order.get_ready())
                     for job in sorted(ready, key=lambda job: -self.urgency[job.chapter.name]):
-                        if self.fits(job): self.running[job] = pool.submit(self.settle, ready.pop(ready.index(job)))
+                        alone = any(j.chapter.alone for j in (job, *self.running))
+                        if not self.running or not alone and len(self.running) < self.width:
+                            self.running[job] = pool.submit(self.settle, ready.pop(ready.index(job)))
                     wait(self.running.values(), 0.2, FIRST_COMPLETED)
                     for job in self.running: job.family()
                     self.show.tick(self.running)
@@ -239,11 +236,6 @@ class Run:
                         order.done(job.chapter.name)
             finally: self.stop()
         return all(record['status'] in ('done', 'current') for record in self.ended.values())
-
-    def fits(self, job: Job) -> bool:
-        "Tell whether a chapter may start beside what runs now."
-        alone = any(j.chapter.alone for j in (job, *self.running))
-        return not self.running or not alone and len(self.running) < self.width
 
     def settle(self, job: Job) -> dict:
         "Execute a chapter, unless it is current or one that it reads failed; return the record of how it ended."
@@ -315,8 +307,9 @@ class Show:
     def tick(self, running):
         "Show what the running chapters say of their progress."
         for job in running:
-            name, state = job.chapter.name, job.state()
             if not job.begin: continue
+            name, state = job.chapter.name, {}
+            with contextlib.suppress(OSError, ValueError): state = json.loads(job.file('progress').read_text('utf-8'))
             stage = state.get('stage', '')
             if name not in self.rows: self.rows[name] = self.table.add_task(name, total=None)
             self.table.update(self.rows[name], completed=state.get('done', 0), total=state.get('total') or None,
