@@ -139,9 +139,10 @@ def _in_groups(work: Callable, files: list):  # of the indices of some files →
 class _Mixed(Exception): "Pictures of different sizes."
 
 
-def _fill(files: list, size: tuple | None, images: np.ndarray) -> dict:  # index → why the file cannot be read
-    """Decode files into `images`, cropped and scaled where need be. Raise `_Mixed` if `size` is given and another is
-    met, `UserError` for what says nothing of the pictures, a disk that fails say, and where upper bits are unused."""
+def _fill(files: list, size: tuple | None, images: np.ndarray) -> tuple[np.ndarray, dict]:
+    """Decode files into `images`, cropped and scaled where need be; return them without the broken ones, whose gaps
+    are closed in place, and index → why a file cannot be read. Raise `_Mixed` if `size` is given and another is met,
+    `UserError` for what says nothing of the pictures, a disk that fails say, and where upper bits are unused."""
     broken, bits = {}, {}
     def fill(group):
         for i in group:
@@ -158,7 +159,9 @@ def _fill(files: list, size: tuple | None, images: np.ndarray) -> dict:  # index
     if bits and (used := max(bits.values())) <= 14:
         raise Unreadable(f'The pictures of 16 bits a channel, as {printable(files[min(bits)])}, leave {16 - used} of '
                         f'them unused and would be dark: multiply all values by {2 ** (16 - used)}, or save 8 bits.')
-    return dict(sorted(broken.items()))
+    whole = [i for i in range(len(files)) if i not in broken] or range(len(files))
+    for row, i in enumerate(whole if broken else ()): images[row] = images[i]
+    return images[:len(whole)], dict(sorted(broken.items()))
 
 
 class Unreadable(UserError): "Pictures that can't be used, wherever they would be kept."
@@ -175,26 +178,17 @@ def _decode_into(files: list, side: int, make) -> tuple[np.ndarray, dict]:  # ma
         with contextlib.suppress(Exception):
             size = decode(file).size
             break
-    else: return _filled(make((len(files), 1, 1, 3)), files, None)
+    else: return _fill(files, None, make((len(files), 1, 1, 3)))
     least = min(side or min(size), *size)
     width, height = (max(1, round(n * least / min(size))) for n in size)
-    try: return _filled(make((len(files), height, width, 3)), files, size)
+    try: return _fill(files, size, make((len(files), height, width, 3)))
     except _Mixed: pass  # seldom known before some are decoded, and then soon
     def shorter(i):  # side, as the file's header tells
         with contextlib.suppress(Exception), Image.open(files[i], formats=FORMATS) as image: return min(image.size)
     sides = _in_groups(lambda group: [*map(shorter, group)], files)
     least = int(np.median([s for s in sides if s]))
     least = min(side or least, least)
-    return _filled(make((len(files), least, least, 3)), files, None)
-
-
-def _filled(images: np.ndarray, files: list, size: tuple | None) -> tuple[np.ndarray, dict]:
-    "Decode files as `_fill` does, and close the gaps that broken ones leave, without a copy that memory may not hold."
-    broken = _fill(files, size, images)
-    if len(broken) in (0, len(files)): return images, broken
-    whole = [i for i in range(len(files)) if i not in broken]
-    for row, i in enumerate(whole): images[row] = images[i]
-    return images[:len(whole)], broken
+    return _fill(files, None, make((len(files), least, least, 3)))
 
 
 CACHE_FROM = 2**20  # bytes of files
