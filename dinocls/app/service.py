@@ -105,12 +105,12 @@ def confine(memory: int):
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + memory, resource.RLIM_INFINITY))
 
 
-def read_confined(data: bytes, native: tuple, max_pixels: int, memory: int, seconds: float) -> np.ndarray:
+def read_confined(data: bytes, native: tuple, limits: Limits) -> np.ndarray:
     "Call `read_picture` in a process that the system ends after some seconds of work."
-    confine(memory)
+    confine(limits.reader_memory)
     timed = hasattr(signal, 'setitimer')  # not on Windows, where the time-out of the request ends it
-    if timed: signal.setitimer(signal.ITIMER_PROF, seconds)
-    try: return read_picture(data, native, max_pixels)
+    if timed: signal.setitimer(signal.ITIMER_PROF, limits.reader_seconds)
+    try: return read_picture(data, native, limits.max_pixels)
     finally:
         if timed: signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -247,9 +247,9 @@ class Service:
         """Decode a picture in a process of its own. Raise `Refusal`, also where that process had to be ended; another
         takes its place."""
         from anyio import BrokenWorkerProcess, to_process
-        limits, native = self.limits, self.model.native
-        try: return await to_process.run_sync(read_confined, data, native, limits.max_pixels, limits.reader_memory,
-                                              limits.reader_seconds, cancellable=True, limiter=self.readers)
+        limits = self.limits
+        try: return await to_process.run_sync(read_confined, data, self.model.native, limits,
+                                              cancellable=True, limiter=self.readers)
         except (BrokenWorkerProcess, MemoryError):
             raise Refusal(413, f'Decoding the picture takes more than {limits.reader_seconds:g} s or '
                                f'{limits.reader_memory / 2**20:,.0f} MiB: send it smaller, or saved anew.') from None
