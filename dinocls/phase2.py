@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fine_tune', 'phase2', 'with_weights', 'phase2_model', 'member_configs', 'phase2_logits', 'direct', 'direct_logits',
-           'lora_config', 'class_table']
+           'lora_config', 'asleep_config', 'class_table']
 
 # %% ../nbs/06_phase2.ipynb #5f185f5b
 import copy
@@ -68,6 +68,10 @@ def direct_logits(cfg, folder):
 def lora_config(cfg, rank: int = 8):
     "Return the configuration of phase 2 with LoRA in place of the backbone's weights."
     return variant(cfg, lora_rank=rank, lr_backbone=cfg.lr_head)
+
+def asleep_config(cfg):
+    "Return the configuration whose phase 1 trains the head as direct does, while the backbone stays frozen."
+    return variant(cfg, phase1_epochs=cfg.phase1_epochs + cfg.phase2_epochs, phase1_lr=cfg.lr_head)
 
 # %% ../nbs/06_phase2.ipynb #64e4fcd6
 def class_table(logits, labels, classes: list) -> list[dict]:
