@@ -108,7 +108,7 @@ def _ray(cfg):
 @contextlib.contextmanager
 def _dask(cfg):
     "Yield what sends work to Dask, one for each worker; $DASK_SCHEDULER_ADDRESS says which cluster."
-    with needing('dask', 'A cluster of Dask'): import dask, distributed
+    with needing('dask', 'A cluster of Dask'): import distributed, dask
     if not (address := dask.config.get('scheduler-address', None)):
         raise UserError('Which cluster of Dask? Name its scheduler in $DASK_SCHEDULER_ADDRESS, as in tcp://host:8786.')
     try: client = distributed.Client(address, set_as_default=False)
