@@ -1,5 +1,6 @@
 "The command `dinocls`."
 import contextlib
+import glob
 import json
 import re
 import shlex
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from PIL import Image
 
 from ..kit import config as configuration
 from ..kit.config import PRESETS, Config, parse_overrides, root
-from ..kit.fetch import FULL
-from ..kit.files import UserError, as_os_error, expand, nearest, reason, replacing
+from ..kit.datasets import at_hand, loaded
+from ..kit.fetch import FULL, data_folder, remote, weights_at_hand
+from ..kit.files import UserError, as_os_error, expand, explain, nearest, reason, replacing
 from ..kit.machine import hardware, rank, version, versions
+from ..kit.pictures import pictures, to_pixels
 from ..kit.stage import open_run
 from .driver import chapters, duration, jobs, run_book, short, stages
 from .site import RECORD, generated, repositories
@@ -39,10 +43,9 @@ def settings(preset: str, config: Path | None, fields: list[str] | None, out: Pa
 def _read_yaml(path: Path) -> dict:
     "Read a configuration file: `preset: quick` and single fields."
     import yaml
-    try: given = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror}): give a YAML file.') from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(f'{path} is not YAML ({reason(e)}): write lines of the form field: value.') from None
+    wrong = (yaml.YAMLError, ValueError, RecursionError), f'{path} is not YAML', 'write lines of the form field: value.'
+    with explain(OSError, f'{path} cannot be read', 'give a YAML file.'), explain(*wrong):
+        given = yaml.safe_load(path.read_text(encoding='utf-8'))
     if not isinstance(given, dict): raise UserError(f'{path} holds no fields: write lines of the form field: value.')
     empty = [str(k) for k, v in given.items() if v is None]
     if empty: raise UserError(f'{path} gives {empty[0]} no value: write one behind the colon, or delete the line.')
@@ -55,15 +58,11 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 Option = typer.Option
 
 
-def _show_version(wanted: bool):
-    if not wanted: return
-    print(f'dinocls {version()}')
-    raise typer.Exit
-
-
-@app.callback()
-def common(version: Annotated[bool, Option(
-        '--version', help='show the version', callback=_show_version, is_eager=True)] = False): pass
+@app.callback(invoke_without_command=True)
+def common(wanted: Annotated[bool, Option('--version', help='show the version')] = False):
+    if wanted:
+        print(f'dinocls {version()}')
+        raise typer.Exit
 
 
 PresetOption = Annotated[str, Option(
@@ -118,15 +117,12 @@ def list_(preset: PresetOption = '', config: ConfigOption = None, set: SetOption
 @app.command()
 def download(preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None):
     "Fetch the data and the weights that a preset needs."
-    from ..kit.datasets import loaded
-    from ..kit.fetch import weights_at_hand
-    from ..model import BACKBONES, backbone
+    from ..model import backbone
     cfg = settings(preset, config, set, None)
     data = loaded(cfg)
     print(f'{_data_at_hand(cfg)}: {len(data.images):,} images.')
     backbone(cfg.backbone, cfg.image_size, cfg.weights or None)
-    file = weights_at_hand(cfg.backbone, cfg.weights, BACKBONES[cfg.backbone].timm)
-    print(f'{cfg.backbone}: {f"weights are at hand in {file}" if file else "random weights, nothing to fetch"}.')
+    print(f'weights: {_weights_at_hand(cfg)}.')
 
 
 @app.command()
@@ -171,9 +167,6 @@ def served_path(model: Path | None, cfg: Config) -> Path:
 def find_pictures(paths: list[str]) -> list:  # Path, or bytes of what came in
     """Return the pictures that are meant: files, all that is in folders, what patterns match, and standard input for a
     dash. What is not there stays, to be told."""
-    import glob
-    from PIL import Image
-    from ..kit.pictures import pictures
     Image.init()  # which endings are a picture's
     found = []
     for text in paths:
@@ -202,13 +195,12 @@ def draw_attention(served, items: list, names: list, file: Path) -> Path:
     import numpy as np
     import torch
     from ..attention import draw_maps, gather_attention
-    from ..kit.pictures import to_pixels
-    pictures = {}
+    usable = {}
     for item, name in zip(items, names):
-        with contextlib.suppress(UserError): pictures[name] = to_pixels(item, served.native)
-        if len(pictures) == 12: break
-    if not pictures: raise UserError('There is no picture to draw attention over.')
-    shown = np.stack(list(pictures.values()))
+        with contextlib.suppress(UserError): usable[name] = to_pixels(item, served.native)
+        if len(usable) == 12: break
+    if not usable: raise UserError('There is no picture to draw attention over.')
+    shown = np.stack(list(usable.values()))
     images = torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous()
     heads = gather_attention(served.model, images, served.cfg, slice(-1, None))[0][:, 0]
     maps = np.concatenate([heads.mean(1, keepdims=True), heads[:, :6]], 1)
@@ -298,23 +290,20 @@ def bench(model: ModelOption = None,
 
 @app.command()
 def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
-          host: Annotated[str, Option(
-              help='address to listen on; 0.0.0.0: every one of this machine')] = '127.0.0.1',
+          host: Annotated[str, Option(help='address to listen on; 0.0.0.0: every one of this machine')] = '127.0.0.1',
           port: Annotated[int, Option(help='port to listen on; 0: any that is free')] = 8000,
           api_key: Annotated[str, Option(envvar='DINOCLS_API_KEY', help='what clients have to send; better set in the '
                                          'environment, where no list of processes shows it')] = '',
           device: DeviceOption = 'auto', backend: BackendOption = 'auto',
-          page: Annotated[bool, Option(
-              '--page/--no-page', help='a page for the browser')] = True,
+          page: Annotated[bool, Option(help='a page for the browser')] = True,
           name: Annotated[list[str] | None, Option(
-              '--name', help='what clients call this machine beside its numbers; may be repeated')] = None,
+              help='what clients call this machine beside its numbers; may be repeated')] = None,
           limit: Annotated[list[str] | None, Option(
               '--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None,
           preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Answer over HTTP, until it is stopped."
     from ..inference import ProductionModel
-    from .service import limits_from, listen
-    from .service import serve as start
+    from .service import limits_from, listen, serve as start
     limits_from(limits := parse_overrides(shlex.join(limit or [])))  # what can be refused is refused before work begins
     listen(host, port).close()
     served = ProductionModel(served_path(folder, settings(preset, config, set, out)), device, backend)
@@ -339,8 +328,6 @@ def doctor(preset: PresetOption = '', config: ConfigOption = None, set: SetOptio
 
 def _data_at_hand(cfg: Config) -> str:
     "Say whether the configured dataset is there, without fetching it."
-    from ..kit.datasets import at_hand
-    from ..kit.fetch import data_folder
     if cfg.dataset == 'digits': return 'digits, inside scikit-learn'
     if cfg.dataset == 'imagefolder':
         return cfg.data_root + ('' if Path(cfg.data_root, 'train').is_dir() else ' (no train folder there)')
@@ -351,7 +338,6 @@ def _data_at_hand(cfg: Config) -> str:
 
 def _weights_at_hand(cfg: Config) -> str:
     "Say whether the configured weights are there, without fetching them."
-    from ..kit.fetch import remote, weights_at_hand
     from ..model import BACKBONES
     if cfg.weights == 'random': return 'random'
     file = weights_at_hand(cfg.backbone, cfg.weights, BACKBONES[cfg.backbone].timm)

@@ -98,15 +98,6 @@ def parameters(cfg: Config) -> dict:
     return {k: v for k, v in given.items() if v}
 
 
-def check_parameters(path: Path, given: dict):
-    "Raise `UserError` if a notebook lacks one of the parameters."
-    import papermill
-    known = papermill.inspect_notebook(str(path))
-    for name in sorted(given.keys() - known.keys()):
-        mend = nearest(name, known) if known else 'no cell is tagged parameters.'
-        raise UserError(f'{path.name} has no parameter {name!r}: {mend}')
-
-
 def tidy(notebook: Path, findings: Findings | None = None) -> str:
     """Return an executed notebook without times, durations, random ids and this machine's paths; the answer that the
     chapter found, if it says so, stands below its title, and at its end the reasons alone."""
@@ -172,11 +163,6 @@ class Job:
         (self.cfg.folder/'stages'/kind).mkdir(parents=True, exist_ok=True)
         return self.cfg.folder/'stages'/kind/f'{self.chapter.name}{suffix}'
 
-    def state(self) -> dict:
-        "Return what the chapter last said of its progress."
-        with contextlib.suppress(OSError, ValueError): return json.loads(self.file('progress').read_text('utf-8'))
-        return {}
-
     def family(self) -> list:
         "Return the kernel and its children, as far as they live; note the memory that they take."
         found = []
@@ -204,9 +190,8 @@ class Job:
                 job.kernel = psutil.Process(self.provisioner.pid)
 
         try:
-            papermill.execute_notebook(
-                str(self.chapter.path), str(executing), parameters(self.cfg), progress_bar=False,
-                kernel_name='python3', kernel_manager_class=Manager)
+            papermill.execute_notebook(str(self.chapter.path), str(executing), parameters(self.cfg), progress_bar=False,
+                                       kernel_name='python3', kernel_manager_class=Manager)
         except papermill.PapermillExecutionError as e:
             error = {'cell': e.cell_index, 'error': e.ename, 'text': e.evalue.strip() and reason(e.evalue)}
         except RuntimeError as e: error = {'text': f'{reason(e)}, perhaps for lack of memory'}  # there is no kernel
@@ -240,7 +225,9 @@ class Run:
                 while order.is_active():
                     ready += map(self.jobs.get, order.get_ready())
                     for job in sorted(ready, key=lambda job: -self.urgency[job.chapter.name]):
-                        if self.fits(job): self.running[job] = pool.submit(self.settle, ready.pop(ready.index(job)))
+                        alone = any(j.chapter.alone for j in (job, *self.running))
+                        if not self.running or not alone and len(self.running) < self.width:
+                            self.running[job] = pool.submit(self.settle, ready.pop(ready.index(job)))
                     wait(self.running.values(), 0.2, FIRST_COMPLETED)
                     for job in self.running: job.family()
                     self.show.tick(self.running)
@@ -250,11 +237,6 @@ class Run:
                         order.done(job.chapter.name)
             finally: self.stop()
         return all(record['status'] in ('done', 'current') for record in self.ended.values())
-
-    def fits(self, job: Job) -> bool:
-        "Tell whether a chapter may start beside what runs now."
-        alone = any(j.chapter.alone for j in (job, *self.running))
-        return not self.running or not alone and len(self.running) < self.width
 
     def settle(self, job: Job) -> dict:
         "Execute a chapter, unless it is current or one that it reads failed; return the record of how it ended."
@@ -326,8 +308,9 @@ class Show:
     def tick(self, running):
         "Show what the running chapters say of their progress."
         for job in running:
-            name, state = job.chapter.name, job.state()
             if not job.begin: continue
+            name, state = job.chapter.name, {}
+            with contextlib.suppress(OSError, ValueError): state = json.loads(job.file('progress').read_text('utf-8'))
             stage = state.get('stage', '')
             if name not in self.rows: self.rows[name] = self.table.add_task(name, total=None)
             self.table.update(self.rows[name], completed=state.get('done', 0), total=state.get('total') or None,
@@ -350,7 +333,11 @@ def run_book(cfg: Config, which: str = '', force: bool = False,
     papermill.log.logger.disabled = True  # errors are told by the records
     chosen = choose(chapters(), which)
     if eager: chosen = [c if read_chapter(c.path).reads == ('all',) else replace(c, reads=()) for c in chosen]
-    for c in chosen: check_parameters(c.path, parameters(cfg))
+    for c in chosen:  # papermill would only warn
+        known = papermill.inspect_notebook(str(c.path))
+        if lacking := sorted(parameters(cfg).keys() - known.keys()):
+            mend = nearest(lacking[0], known) if known else 'no cell is tagged parameters.'
+            raise UserError(f'{c.path.name} has no parameter {lacking[0]!r}: {mend}')
     if cfg.backbone.startswith('book-') and not cfg.weights: shipped_record(cfg.backbone)  # refused before work begins
     cache = open_run(cfg)/'stages'
     cache.mkdir(exist_ok=True)

@@ -1,5 +1,4 @@
 "A page for the browser: a picture in, the answer out, what makes it worse, and where the model looks."
-import base64
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from ..attention import attention_maps
 from ..augment import preprocess
 from ..kit.corruptions import CORRUPTIONS, corrupt
 from ..kit.files import UserError
-from ..kit.pictures import as_png
+from ..kit.pictures import as_url
 from ..model import Classifier
 from .service import Refusal, Service, files, within
 
@@ -22,11 +21,6 @@ def attention_picture(model, pixels: np.ndarray) -> np.ndarray | None:  # uint8 
     except UserError: return None  # a backbone of another kind
     seen = maps[0].mean(0).float().cpu().numpy()
     return np.ascontiguousarray(matplotlib.colormaps['inferno'](seen / seen.max(), bytes=True)[..., :3])
-
-
-def as_url(pixels: np.ndarray | None) -> str | None:
-    "Return a picture as an address that holds it."
-    return None if pixels is None else 'data:image/png;base64,' + base64.b64encode(as_png(pixels)).decode()
 
 
 def examples(model) -> list:
@@ -48,7 +42,7 @@ def add_page(app, service: Service):
         pixels = await service.read(data)
         if severity: pixels = (await within(batcher.worker, corrupt, pixels[None], name, severity))[0]
         found, seen = await batcher(pixels), await within(batcher.worker, attention_picture, model, pixels)
-        return found | {'picture': as_url(pixels), 'attention': as_url(seen)}
+        return found | {'picture': as_url(pixels), 'attention': None if seen is None else as_url(seen)}
 
     @app.get('/page.json', include_in_schema=False)
     async def page() -> dict: return about

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, create_model, model_validator
 
-from ..kit.files import UserError, nearest, reason
-from ..kit.machine import cores, install, version
+from ..kit.files import UserError, explain, nearest, reason
+from ..kit.machine import cores, needing, version
 from ..kit.pictures import as_png, to_pixels
 
 
@@ -105,12 +105,12 @@ def confine(memory: int):
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + memory, resource.RLIM_INFINITY))
 
 
-def read_confined(data: bytes, native: tuple, max_pixels: int, memory: int, seconds: float) -> np.ndarray:
+def read_confined(data: bytes, native: tuple, limits: Limits) -> np.ndarray:
     "Call `read_picture` in a process that the system ends after some seconds of work."
-    confine(memory)
+    confine(limits.reader_memory)
     timed = hasattr(signal, 'setitimer')  # not on Windows, where the time-out of the request ends it
-    if timed: signal.setitimer(signal.ITIMER_PROF, seconds)
-    try: return read_picture(data, native, max_pixels)
+    if timed: signal.setitimer(signal.ITIMER_PROF, limits.reader_seconds)
+    try: return read_picture(data, native, limits.max_pixels)
     finally:
         if timed: signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -237,23 +237,19 @@ class Service:
         self.work = Histogram('dinocls_batch_seconds', 'Seconds that the model took for a batch', **here)
         from anyio import CapacityLimiter
         self.readers = CapacityLimiter(limits.readers)
+        def count(pictures, seconds): self.batches.observe(pictures), self.work.observe(seconds)
         self.batcher = Batcher(model.answers, limits.max_batch, limits.max_queue, limits.wait_ms / 1000,
-                               limits.timeout / 2, self.count)
+                               limits.timeout / 2, count)
         Gauge('dinocls_held_pictures', 'Pictures in the service', **here).set_function(lambda: self.batcher.held)
         self.example = model.answers([np.full((*model.native, 3), 128, np.uint8)])[0]  # the first call, a slow one
-
-    def count(self, pictures: int, seconds: float):
-        "Count a batch."
-        self.batches.observe(pictures)
-        self.work.observe(seconds)
 
     async def read(self, data: bytes) -> np.ndarray:
         """Decode a picture in a process of its own. Raise `Refusal`, also where that process had to be ended; another
         takes its place."""
         from anyio import BrokenWorkerProcess, to_process
-        limits, native = self.limits, self.model.native
-        try: return await to_process.run_sync(read_confined, data, native, limits.max_pixels, limits.reader_memory,
-                                              limits.reader_seconds, cancellable=True, limiter=self.readers)
+        limits = self.limits
+        try: return await to_process.run_sync(read_confined, data, self.model.native, limits,
+                                              cancellable=True, limiter=self.readers)
         except (BrokenWorkerProcess, MemoryError):
             raise Refusal(413, f'Decoding the picture takes more than {limits.reader_seconds:g} s or '
                                f'{limits.reader_memory / 2**20:,.0f} MiB: send it smaller, or saved anew.') from None
@@ -503,16 +499,7 @@ def add_endpoints(app, service: Service):
     async def metrics(): return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@contextlib.contextmanager
-def extra():
-    "Say what to install where a library is missing."
-    try: yield
-    except ModuleNotFoundError as e:
-        if (e.name or '').startswith('dinocls'): raise
-        raise UserError(f'The service needs {e.name}: {install("serve")}.') from None
-
-
-@extra()
+@needing('serve', 'The service')
 def create_app(model,  # a `ProductionModel`
                api_key: str = '',  # empty: everyone may ask
                page: bool = True,  # a page at /
@@ -547,15 +534,14 @@ def create_app(model,  # a `ProductionModel`
 def listen(host: str, port: int) -> socket.socket:
     "Return a socket that listens. Raise `UserError` if there is none to be had."
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    try: made = socket.create_server((host, port), family=family, backlog=256)
-    except (OSError, OverflowError, UnicodeError) as e:
-        why = f'Cannot listen on {host}, port {port} ({reason(e)})'
-        raise UserError(f'{why}: choose another --port, or --host.') from None
+    with explain((OSError, OverflowError, UnicodeError), f'Cannot listen on {host}, port {port}',
+                 'choose another --port, or --host.'):
+        made = socket.create_server((host, port), family=family, backlog=256)
     # asyncio sends small packets at once only where the protocol is named; else each answer waits 40 ms to be confirmed
     return socket.socket(made.family, made.type, socket.IPPROTO_TCP, made.detach())
 
 
-@extra()
+@needing('serve', 'The service')
 def serve(model, host: str = '127.0.0.1', port: int = 8000,  # 0: any that is free
           api_key: str = '', page: bool = True, names=(), **limits):
     "Serve a model until SIGINT or SIGTERM. Raise `UserError` for a missing library, a port taken or a wrong limit."

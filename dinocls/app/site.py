@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..kit.config import PRESETS, preset, root
 from ..kit.figures import read_findings
-from ..kit.files import UserError, read_json, reason, replacing
+from ..kit.files import explain, read_json, reason, replacing
 
 RECORD, OF = 'outputs/record-laptop', 'laptop'  # the committed run that README and site show, and its preset
 NOBODY = 'dinocls'  # the user whom settings.ini names until the book has an owner
@@ -15,12 +15,10 @@ NOBODY = 'dinocls'  # the user whom settings.ini names until the book has an own
 
 def read_notebook(path: Path) -> dict:
     "Read a notebook. Raise `UserError` if it is damaged."
-    try:
+    with explain((OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError), f'{path} is not a '
+                 'notebook, or damaged', 'run the chapter again, or take it from git if it is a source.'):
         nb = json.loads(path.read_text(encoding='utf-8'))
         for cell in nb['cells']: cell['cell_type'], cell['metadata'].get('tags'), ''.join(cell['source'])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f'{path} is not a notebook, or damaged ({reason(e)}): run the chapter again, or take it from '
-                        'git if it is a source.') from None
     return nb
 
 
@@ -125,12 +123,17 @@ def chapter_table(book: list, found: dict, repo: dict) -> str:  # chapters; name
     return '\n'.join(['| | chapter | |', '|---|---|---|', *rows])
 
 
+def telling(book: list, found: dict) -> list:  # chapters; name → findings
+    "Return the eight chapters with a figure and with most claims that could be decided, in the book's order."
+    def decided(c): return sum(claim['holds'] is not None for claim in found[c.name]['claims'])
+    drawn = [c for c in book if found.get(c.name, {}).get('figure')]
+    return sorted(sorted(drawn, key=decided, reverse=True)[:8], key=book.index)
+
+
 def findings_list(book: list, found: dict, by: str) -> str:  # chapters; name → findings; the run, in words
     "Return the README's list of what chapters asked and answered, the eight with most claims that could be decided."
-    def decided(c): return sum(claim['holds'] is not None for claim in found[c.name]['claims'])
-    told = sorted((c for c in book if found.get(c.name, {}).get('figure')), key=decided, reverse=True)[:8]
     lines = [f'- **[{c.question or c.title}]({RECORD}/{c.name}.ipynb)** {found[c.name]["answer"]}'
-             for c in book if c in told]
+             for c in telling(book, found)]
     return '\n'.join([*lines, '', f'{by} [Each number of the write-up that the book follows, beside this run\'s]'
                        '(docs/reported.md).'])
 

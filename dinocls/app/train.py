@@ -5,27 +5,33 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import torch
 
-from ..kit import config as configuration
-from ..kit.config import FIELDS, WHERE, Config, root
+from ..data import check_splits, load_split, splits
+from ..inference import ProductionModel, production
+from ..kit.config import FIELDS, WHERE, Config, preset, root
 from ..kit.datasets import Dataset, loaded
+from ..kit.fetch import weights_file
 from ..kit.files import UserError, expand, read_json
+from ..model import BACKBONES, device, infer, random_backbone
+from ..phase1 import phase1_logits
+from ..phase2 import phase2_logits
+from ..probe import knn, pixels
+from ..stats import wilson
 from .driver import short
 
 # On DINOv2's features a small head and the rates of preset best, because own pictures are few and the backbone is good;
 # the book's own backbone knows small photographs of ten kinds, and has more to learn.
 _DINOV2 = dict(phase1_lr=1e-3, lr_backbone=1e-5, lr_head=1e-3, head_widths=(256,), head_dropout=(0.25,))
-_OWN = dict(backbone='book-cifar', image_size=32, phase1_lr=1e-3, lr_backbone=1e-4, lr_head=1e-3, head_widths=(256,),
-            head_dropout=(0.25,))
+_OWN = _DINOV2 | dict(backbone='book-cifar', image_size=32, lr_backbone=1e-4)
 SIDES = 224, 154, 112  # pixels, multiples of DINOv2's patch
 STEPS = 400, 200  # of both phases, which small sets repeat their pictures for
 
 
-def find_backbone(device) -> tuple[dict, str]:
+def find_backbone(where) -> tuple[dict, str]:
     "Return the fields of DINOv2 where its weights are to be had, else of the book's own, and a sentence about it."
-    from ..kit.fetch import weights_file
-    from ..model import BACKBONES
-    name = 'dinov2_vitb14' if device.type == 'cuda' else 'dinov2_vits14'
+    name = 'dinov2_vitb14' if where.type == 'cuda' else 'dinov2_vits14'
     print(f'Looking for the weights of {name} …', flush=True)
     try: weights_file(name, hub=BACKBONES[name].timm)
     except UserError as e:
@@ -34,12 +40,10 @@ def find_backbone(device) -> tuple[dict, str]:
     return _DINOV2 | {'backbone': name}, f'The backbone is {name}, with its published weights.'
 
 
-def seconds_per_image(cfg: Config, device) -> float:
+def seconds_per_image(cfg: Config, where) -> float:
     "Measure how long the configured backbone takes to embed an image."
-    import torch
-    from ..model import infer, random_backbone
-    model = random_backbone(cfg.backbone, cfg.image_size).to(device)
-    images = torch.zeros(64 if device.type == 'cuda' else 8, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)
+    model = random_backbone(cfg.backbone, cfg.image_size).to(where)
+    images = torch.zeros(64 if where.type == 'cuda' else 8, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)
     for _ in range(2):  # the first warms up
         clock = time.perf_counter()
         infer(model, images, cfg)
@@ -75,7 +79,6 @@ def learned_from(data: Dataset, cfg: Config) -> int:
 
 def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[Config, list]:
     "Choose how to learn from a folder's pictures; return the configuration, and sentences about it."
-    from ..model import device
     if not (folder := expand(folder).absolute()).is_dir():
         raise UserError(f'There is no folder {folder}: give the one that holds the pictures.')
     out = expand(out).absolute() if out else root()/'outputs'/f'train-{folder.name}'
@@ -84,33 +87,32 @@ def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[C
     if (out/'run.json').is_file():
         before = read_json(out/'run.json').get('config') or {}
         chosen = {k: v for k, v in before.items() if k in FIELDS and k not in WHERE}
-        cfg = configuration.preset('quick', **chosen | given)
+        cfg = preset('quick', **chosen | given)
         if learned_from(loaded(cfg), cfg) < len(loaded(cfg).classes):
             raise UserError(f'{folder} holds fewer pictures than when {short(out)} was begun: name another folder with '
                             '--out, or delete that one.')
         return cfg, [f'What was begun in {short(out)} goes on, with the epochs that were chosen then.']
-    where = device(asked := configuration.preset('quick', **given))
+    where = device(asked := preset('quick', **given))
     model, told = ({}, f'The backbone is {given["backbone"]}.') if 'backbone' in given else find_backbone(where)
     fixed = asked.image_size if 'image_size' in given else model.get('image_size')
     for side in (fixed,) if fixed else SIDES:
         chosen = dict(train_size=0, flip=True, crop=max(1, side // 16), image_size=side) | model
-        data = loaded(configuration.preset('quick', **chosen | given))
+        data = loaded(preset('quick', **chosen | given))
         chosen |= divided(data)
-        cfg = configuration.preset('quick', **chosen | given)
+        cfg = preset('quick', **chosen | given)
         train = learned_from(data, cfg)
         chosen['batch_size'] = max(2, min(32, train))
         first, second, cost = fitting_epochs(train, cfg.val_size, chosen['batch_size'], seconds_per_image(cfg, where),
                                              60 * minutes)
         if first + second > 6: break  # else smaller images, if there is a choice
     chosen |= dict(phase1_epochs=first, phase2_epochs=second)
-    return configuration.preset('quick', **chosen | given), [told, (
+    return preset('quick', **chosen | given), [told, (
         f'{sum(map(len, data.splits.values())):,} pictures of {len(data.classes)} classes, seen at {side} pixels: '
         f'{first} epochs of the head alone and {second} of everything, in about {max(1, round(cost / 60))} min.')]
 
 
 def shortcomings(cfg: Config) -> list:
     "Return sentences about pictures that are few, unbalanced, broken, or of another kind in one split than another."
-    from ..data import check_splits, splits
     made, data, told = splits(cfg), loaded(cfg), []
     counts = np.bincount(data.labels[made['train']], minlength=len(data.classes)).tolist()
     (few, least), (many, most) = min(pairs := [*zip(counts, data.classes)]), max(pairs)
@@ -127,12 +129,6 @@ def shortcomings(cfg: Config) -> list:
 
 def learn(cfg: Config) -> dict:
     "Train both phases, save the production folder, and return what there is to report of the test pictures."
-    from ..data import load_split, splits
-    from ..inference import ProductionModel, production
-    from ..phase1 import phase1_logits
-    from ..phase2 import phase2_logits
-    from ..probe import knn, pixels
-    from ..stats import wilson
     head, whole = phase1_logits(cfg), phase2_logits(cfg)
     model, labels = ProductionModel(production(cfg), cfg.device), whole['test_labels']
     p = model.probabilities(list(load_split(cfg, 'test')[0].permute(0, 2, 3, 1).numpy()))
@@ -147,7 +143,6 @@ def learn(cfg: Config) -> dict:
 
 def report(found: dict) -> str:
     "Write what `learn` returned for a terminal: accuracies, what is taken for what, the least sure, the next commands."
-    import pandas as pd
     classes, labels, guesses = np.array(found['classes']), found['labels'], found['guesses']
     lines = [f'On {len(labels)} test pictures, right with 95 % interval:']
     lines += [f'  {100 * a:5.1f} % ({100 * low:.1f} to {100 * high:.1f})  {name}'

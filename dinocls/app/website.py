@@ -6,14 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-from base64 import b64encode
-from html.parser import HTMLParser
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 from PIL import Image
 
 from ..kit.config import Config, preset, root
@@ -21,8 +19,9 @@ from ..kit.datasets import loaded
 from ..kit.figures import read_findings, read_metrics
 from ..kit.files import UserError, plain, read_json, replacing
 from ..kit.machine import install
+from ..kit.pictures import as_url
 from ..kit.stage import PACKAGE, stored
-from .site import colab_link, read_notebook, repositories
+from .site import colab_link, read_notebook, repositories, telling
 
 HERE = Path(__file__).parent
 
@@ -82,10 +81,8 @@ def write_sources(run: Path, source: Path, book: list):
     for name, text in texts.items():
         (source/name).parent.mkdir(exist_ok=True)
         (source/name).write_text(text, encoding='utf-8')
-    for file in run.glob('*/[!.]*.png'):
-        (source/file.parent.name).mkdir(exist_ok=True)
-        shutil.copy(file, source/file.parent.name)
     for c in book:  # as it was executed
+        if (run/c.name).is_dir(): shutil.copytree(run/c.name, source/c.name, ignore=shutil.ignore_patterns('.*'))
         if (run/f'{c.name}.ipynb').is_file(): shutil.copy(run/f'{c.name}.ipynb', source/'data')
     shutil.copy(root()/'nbs'/'glossary.md', source)
     shutil.copy(HERE/'web'/'play.js', source/'data')
@@ -120,7 +117,6 @@ def setup(app):
 
 def figures(run: Path, chapter: str) -> dict:  # file's name → title, description
     "Return what the figures of a chapter say of themselves."
-    from PIL import Image
     found = {}
     for file in sorted((run/chapter).glob('[!.]*.png')):
         with Image.open(file) as image: text = getattr(image, 'text', {})
@@ -151,10 +147,9 @@ def chapter_page(c, run: Path, record: dict) -> str:  # chapter; run folder; boo
         cell['source'] = text
     done = record['chapters'].get(c.name, {})
     took = f': {done["seconds"]:.0f} s, {done["peak_mb"]:,} MB' if 'seconds' in done else ''
-    chips = {'Open in Colab': colab, 'Executed notebook': f'{c.name}.ipynb', 'Source': source,
+    chips = {'Open in Colab': colab, 'Executed notebook': copy.is_file() and f'{c.name}.ipynb', 'Source': source,
              f'Run {run.name}{took}' if copy.is_file() else f'Run {run.name} has not executed it': 'record.html'}
-    if not copy.is_file(): del chips['Executed notebook']
-    row = ' '.join(f'<a class="chip" href="{url}">{text}</a>' for text, url in chips.items())
+    row = ' '.join(f'<a class="chip" href="{url}">{text}</a>' for text, url in chips.items() if url)
     nb['cells'].insert(1, {'cell_type': 'markdown', 'id': 'links', 'metadata': {}, 'source': row})
     cells, folded = [], None
     for cell in nb['cells']:
@@ -177,10 +172,8 @@ def picture(path: str, alt: str, look: str = 'large') -> str:
 
 def landing(run: Path, book: list, found: dict) -> str:
     "Return the first page: what the book promises, and the eight findings with most claims that could be decided."
-    def undecided(c): return -sum(claim['holds'] is not None for claim in found[c.name]['claims'])
+    cards = [CARD.format(title=c.question or c.title, name=c.name, **found[c.name]) for c in telling(book, found)]
     shown = [c for c in book if found.get(c.name, {}).get('figure')]
-    told = sorted(shown, key=undecided)[:8]
-    cards = [CARD.format(title=c.question or c.title, name=c.name, **found[c.name]) for c in book if c in told]
     last = max(shown, key=lambda c: len(c.reads), default=None)  # reads all others
     hero = picture(f'{last.name}/{found[last.name]["figure"]}.png', found[last.name]['alt']) if last else ''
     return LANDING.format(run=run.name, first=book[0].name, hero=hero, cards='\n'.join(cards), n=len(book))
@@ -268,10 +261,9 @@ def stored_attention(cfg: Config, most: int = 6) -> dict:  # pictures
     looks = []
     for i, image in zip(some, data.images[made['test'][found['sample'][some]]]):
         (picture := Image.fromarray(image)).thumbnail((96, 96))  # else the file would be large
-        picture.save(file := BytesIO(), 'png')
         maps = (1e4 * found['maps'][i, -1]).round().astype(int)  # of the last block (heads, rows, columns)
         looks.append({'name': data.classes[found['label'][found['sample'][i]]], 'maps': maps.tolist(),
-                      'picture': f'data:image/png;base64,{b64encode(file.getvalue()).decode()}'})
+                      'picture': as_url(np.asarray(picture))})
     return {'looks': looks}
 
 
@@ -331,39 +323,26 @@ def api_page(name: str, file: Path, book: list) -> str:  # as in 'kit.files'
     return '\n\n'.join([f'# {name}', ast.get_docstring(tree) or '', *told, *shown])
 
 
-class Page(HTMLParser):
-    "Gathers what a page offers to link to, what it links to, and what it loads."
-    def __init__(self, text: str):
-        super().__init__()
-        self.ids, self.links, self.loads, self.script = set(), set(), set(), False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        a, self.script = dict(attrs), tag == 'script'
-        self.ids |= {a.get('id'), tag == 'a' and a.get('name')}
-        to = self.links if tag == 'a' else self.loads
-        to |= {v for k in ('href', 'src', 'srcset', 'poster', 'data') if (v := a.get(k))}
-
-    def handle_endtag(self, tag): self.script = False
-
-    def handle_data(self, data):
-        if self.script: self.loads |= set(re.findall(r'''["'](https?://[^"']+)''', data))
-
-
 def faults(site: Path) -> list[str]:
     "Return what is wrong with a built site: links that lead nowhere, and what it would load from elsewhere."
-    pages = {p: Page(p.read_text(encoding='utf-8')) for p in site.rglob('*.html')
-             if '_static' not in p.parts}  # a theme's templates
+    from bs4 import BeautifulSoup
+    pages = {p: BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser').find_all(True)
+             for p in site.rglob('*.html') if '_static' not in p.parts}  # a theme's templates
+    ids = {p: {tag.get('id') for tag in tags} | {tag.get('name') for tag in tags if tag.name == 'a'}
+           for p, tags in pages.items()}
     found = [f'{p.relative_to(site)} loads {url}' for p in site.rglob('*.css')
              for url in re.findall(r'(?:url\(|@import)\s*["\']?((?:https?:)?//[^"\')\s]+)', p.read_text('utf-8'))]
-    for page, p in pages.items():
-        for url in sorted(p.links | p.loads):
+    for page, tags in pages.items():
+        links = {(tag[k], tag.name != 'a') for tag in tags for k in ('href', 'src', 'srcset', 'poster', 'data')
+                 if tag.get(k)}  # address, and whether it is loaded
+        links |= {(url, True) for tag in tags if tag.name == 'script'
+                  for url in re.findall(r'''["'](https?://[^"']+)''', tag.string or '')}
+        for url, loads in sorted(links):
             u, where = urlsplit(url), page.relative_to(site)
-            if u.netloc and url in p.loads: found.append(f'{where} loads {url}')
+            if u.netloc and loads: found.append(f'{where} loads {url}')
             if u.scheme or u.netloc: continue
             file = (page.parent/unquote(u.path)).resolve() if u.path else page
             if file.is_dir(): file = file/'index.html'
-            ids = pages[file].ids if file in pages else {u.fragment}
-            lost = not file.exists() or u.fragment and unquote(u.fragment) not in ids
+            lost = not file.exists() or u.fragment and unquote(u.fragment) not in ids.get(file, {u.fragment})
             if lost: found.append(f'{where} links to {url}')
     return found

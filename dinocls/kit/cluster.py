@@ -12,8 +12,8 @@ import tempfile
 import threading
 from pathlib import Path
 
-from .files import UserError, reason, replacing
-from .machine import install, progress
+from .files import UserError, explain, reason, replacing
+from .machine import needing, progress
 from .stage import STAGES, Result, code_digests, open_run, record_of
 
 TRIES = 3  # a worker that does not see the run folder says so first; what it made may rest on what another made, too
@@ -90,13 +90,11 @@ def _known(stage, cfg) -> dict:
 @contextlib.contextmanager
 def _ray(cfg):
     "Yield what sends work to Ray, a GPU's share for each; $RAY_ADDRESS or this machine says which cluster."
-    try: import ray
-    except ImportError: raise UserError(f'A cluster of Ray needs ray: {install("ray")}.') from None
+    with needing('ray', 'A cluster of Ray'): import ray
     if mine := not ray.is_initialized():
-        try: ray.init(address='auto', log_to_driver=False, logging_level='ERROR')
-        except (ConnectionError, RuntimeError, ValueError) as e:
-            raise UserError(f'No cluster of Ray can be used ({reason(e)}): start one by `ray start --head`, or name it '
-                            'in $RAY_ADDRESS.') from None
+        with explain((ConnectionError, RuntimeError, ValueError), 'No cluster of Ray can be used',
+                     'start one by `ray start --head`, or name it in $RAY_ADDRESS.'):
+            ray.init(address='auto', log_to_driver=False, logging_level='ERROR')
     try:
         nodes = [n['Resources'] for n in ray.nodes() if n['Alive'] and n['Resources'].get('CPU')]
         gpus = [n for n in nodes if n.get('GPU')] if cfg.device != 'cpu' else []
@@ -110,8 +108,7 @@ def _ray(cfg):
 @contextlib.contextmanager
 def _dask(cfg):
     "Yield what sends work to Dask, one for each worker; $DASK_SCHEDULER_ADDRESS says which cluster."
-    try: import dask, distributed
-    except ImportError: raise UserError(f'A cluster of Dask needs distributed: {install("dask")}.') from None
+    with needing('dask', 'A cluster of Dask'): import distributed, dask
     if not (address := dask.config.get('scheduler-address', None)):
         raise UserError('Which cluster of Dask? Name its scheduler in $DASK_SCHEDULER_ADDRESS, as in tcp://host:8786.')
     try: client = distributed.Client(address, set_as_default=False)

@@ -112,15 +112,10 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Phase1Config:
-    "Head only, backbone frozen."
+class PhasesConfig:
+    "Head only, backbone frozen; then end to end."
     phase1_epochs: Count = 10  # passes over the training split
     phase1_lr: Amount = 1e-4  # peak rate of the head
-
-
-@dataclass(frozen=True)
-class Phase2Config:
-    "End to end."
     phase2_epochs: Count = 40  # passes over the training split
     lr_backbone: Amount = 1e-6  # peak rate of the backbone
     lr_head: Amount = 1e-4  # peak rate of the head
@@ -202,8 +197,8 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, PretrainConfig, ViewConfig, StudyConfig, Phase2Config, Phase1Config, TrainConfig, AugmentConfig,
-             ModelConfig, DataConfig):
+class Config(RunConfig, PretrainConfig, ViewConfig, StudyConfig, PhasesConfig, TrainConfig, AugmentConfig, ModelConfig,
+             DataConfig):
     "Every choice there is, in one place."
     preset: str = 'quick'  # the preset that it started from
     out: Text = ''  # run folder; empty: outputs/<preset and overrides>
@@ -237,25 +232,16 @@ def make(**values) -> Config:
     for name in values:
         if name not in FIELDS: raise UserError(f'Unknown field {name!r} in the configuration: {nearest(name, FIELDS)}')
     try: return Config(**values)
-    except ValidationError as e: raise UserError(_complaint(e)) from None
-
-
-def _complaint(error) -> str:
-    "Say in a sentence what is wrong with a value."
-    first = error.errors()[0]
+    except ValidationError as e: first = e.errors()[0]
     def short(value): return text if len(text := repr(value)) < 100 else f'{text[:100]}…'
     (name, *place), given, kind, limits = first['loc'], first['input'], first['type'], first.get('ctx', {})
-    if kind == 'literal_error': return f'Unknown {name} {short(given)}: {nearest(given, choices(name))}'
+    if kind == 'literal_error': raise UserError(f'Unknown {name} {short(given)}: {nearest(given, choices(name))}')
     words = {'greater_than_equal': 'at least {ge}', 'greater_than': 'above {gt}', 'less_than': 'below {lt}',
              'less_than_equal': 'at most {le}', 'too_short': 'at least {min_length} long'}
-    must = f'it must be {words[kind].format(**limits)}' if kind in words else f'expected {_expected(name)}'
-    return f'{name}={short(given)}{" (within the list)" if place else ""} in the configuration: {must}.'
-
-
-def _expected(name: str) -> str:
-    "Say what kind of value a field takes."
-    return {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text',
-            tuple: f'a list of numbers, as in {FIELDS[name].default}'}[type(FIELDS[name].default)]
+    expected = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text',
+                tuple: f'a list of numbers, as in {FIELDS[name].default}'}[type(FIELDS[name].default)]
+    must = f'it must be {words[kind].format(**limits)}' if kind in words else f'expected {expected}'
+    raise UserError(f'{name}={short(given)}{" (within the list)" if place else ""} in the configuration: {must}.')
 
 
 def root() -> Path:

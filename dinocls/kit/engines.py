@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import UserError, cache_folder, digest, file_digest, locked, nearest, reason, recall, remember, replacing
+from .files import (
+    UserError, cache_folder, digest, explain, file_digest, locked, nearest, reason, recall, remember, replacing)
 from .machine import cpu_name, install, version, versions
 
 CLOSE = {'fp32': 1e-3, 'bf16': 0.1, 'fp16': 0.1, 'int8': 0.2}  # what rounding may change, as a share of the largest
@@ -89,8 +90,7 @@ def synchronise(device: torch.device):
     elif device.type == 'mps': torch.mps.synchronize()
 
 
-def measure(call, batch: list,
-            seconds: float,  # time spent measuring
+def measure(call, batch: list, seconds: float,  # time spent measuring
             device: torch.device) -> dict:
     "Time `call(batch)` again and again, warm-up excluded: images/s, latency p50, p95 and p99 in ms, timed runs."
     times, warm, started = [], 0, time.perf_counter()
@@ -106,8 +106,7 @@ def measure(call, batch: list,
             'runs': len(times)}
 
 
-def measure_sizes(call, items: list,
-                  sizes, seconds: float, device) -> list[dict]:
+def measure_sizes(call, items: list, sizes, seconds: float, device) -> list[dict]:
     "Measure batch sizes in rising order, on items repeated as needed, as long as one takes at most 5 × `seconds`."
     rows = []
     for size in sorted(sizes):
@@ -139,8 +138,7 @@ def agreement(probabilities: np.ndarray, expected: np.ndarray,  # (n, classes) e
     return {'largest': float(off.max()), 'same': float(same.mean()), 'same_if_clear': clear}
 
 
-def difference(subject: Subject, run: Callable,
-               precision: str,  # what the engine computes in
+def difference(subject: Subject, run: Callable, precision: str,  # what the engine computes in
                pictures: int) -> str:  # to compare
     "Say in what answers differ from PyTorch's by more than that precision explains; nothing if they are equal."
     if precision == 'fp32' and subject.device.type == 'cuda': precision = 'bf16'  # GPUs multiply fp32 in TF32
@@ -199,11 +197,10 @@ def export_onnx(subject: Subject, file: Path) -> Path:
     instead = 'use the backend torch or compile.'
     host.expected(4)  # what is worked out once, as the matrices that resize, is in the graph a constant
     with replacing(Path(file)) as tmp, silent():
-        try: torch.onnx.export(Prepared(host).eval(), (host.pictures(3),), str(tmp), dynamo=True, verbose=False,
-                               input_names=['images'], output_names=['logits'], external_data=False,
-                               dynamic_shapes={'images': {0: torch.export.Dim('n', min=1, max=2**16)}})
-        except Exception as e:  # whatever the exporter raises
-            raise UserError(f'The model cannot be exported to ONNX ({reason(e)}): {instead}') from None
+        with explain(Exception, 'The model cannot be exported to ONNX', instead):  # whatever the exporter raises
+            torch.onnx.export(Prepared(host).eval(), (host.pictures(3),), str(tmp), dynamo=True, verbose=False,
+                              input_names=['images'], output_names=['logits'], external_data=False,
+                              dynamic_shapes={'images': {0: torch.export.Dim('n', min=1, max=2**16)}})
         if why := difference(host, session(tmp), 'fp32', 4):
             raise UserError(f'The exported graph answers otherwise than the model ({why}): {instead}')
     return Path(file)

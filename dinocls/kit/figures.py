@@ -3,6 +3,8 @@ import json
 import re
 import sys
 
+from PIL import Image, PngImagePlugin
+
 from .config import Config
 from .files import plain, read_json, replacing, write_json
 
@@ -179,7 +181,6 @@ def tile(ax, image,  # (h, w, 3), or what else `imshow` takes
 
 def few_colours(image):  # of Pillow
     "Return a picture with 256 colours, which a figure can do with; rare ones keep theirs, as median cut's would not."
-    from PIL import Image
     kept = {'method': Image.Quantize.MAXCOVERAGE, 'kmeans': 1, 'dither': Image.Dither.NONE}
     return image.convert('RGB').quantize(256, **kept)
 
@@ -189,7 +190,6 @@ def save_figure(cfg: Config, chapter: str, name: str, fig,
     """Write a figure as `<chapter>/<name>.png` into the run, with its title and alternative text inside: pictures at
     200 dots per inch, lines at the style's 100, and these as SVG too. The notebook shows it as the cell ends."""
     import matplotlib as mpl
-    from PIL import Image, PngImagePlugin
     for text in fig.findobj(mpl.text.Text): text.set_text(proper(text.get_text()))
     title = fig.get_suptitle() or ' · '.join(filter(None, (ax.get_title() for ax in fig.axes)))
     told, pictures = {'Title': title, 'Description': proper(alt) or title}, any(ax.images for ax in fig.axes)

@@ -16,15 +16,12 @@ import numpy as np
 
 class UserError(Exception):
     "A mistake that the user can mend, told in one sentence, which shows no password or token of an address."
-    def __init__(self, sentence=''): super().__init__(without_secrets(str(sentence)))
+    def __init__(self, sentence=''):
+        sentence = re.sub(r'(\w+://[^\s?#]+\?)[^\s#;,)\'"]+', r'\1…', str(sentence))  # the query of an address
+        super().__init__(re.sub(r'(\w+://)[^/@\s]*@', r'\1…@', sentence))  # user and password
 
     def _render_traceback_(self):  # how IPython shows the exception
         return [f'{type(self).__name__}: {self}']
-
-
-def without_secrets(text: str) -> str:
-    "Hide user, password and query of each address in a text."
-    return re.sub(r'(\w+://)[^/@\s]*@', r'\1…@', re.sub(r'(\w+://[^\s?#]+\?)[^\s#;,)\'"]+', r'\1…', text))
 
 
 def nearest(word: str,  # what was given
@@ -41,14 +38,21 @@ def reason(error: Exception | str) -> str:
     return text.splitlines()[0][:160].rstrip('.')
 
 
+@contextlib.contextmanager
+def explain(kinds, what: str, remedy: str):  # of exceptions
+    "Tell exceptions of a block in a sentence: what went wrong, why, and what to do."
+    try: yield
+    except kinds as e: raise UserError(f'{what} ({reason(e)}): {remedy}') from None
+
+
 def digest(value) -> str:
     "Return the SHA-256 of a value's canonical JSON, as 64 hex digits."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    "Return the SHA-256 of a file, as 64 hex digits."
-    sha = hashlib.sha256()
+def file_digest(path: Path, kind: str = 'sha256', before: bytes = b'') -> str:  # what is to precede the content
+    "Return the SHA-256 of a file, as 64 hex digits, or a digest of another kind."
+    sha = hashlib.new(kind, before, usedforsecurity=False)
     with open(path, 'rb') as f:
         while block := f.read(2**20): sha.update(block)
     return sha.hexdigest()
@@ -67,23 +71,19 @@ def _known_digest(path: Path, *seen) -> str: return file_digest(path)
 @contextlib.contextmanager
 def replacing(path: Path):  # the file to write
     "Yield a temporary path beside `path`, which replaces it if the block ends well. Raise `UserError` if it can't."
-    path = Path(path)
+    path, name = Path(path), ''
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f'.{path.stem}-', suffix=path.suffix, dir=path.parent)
         os.close(handle)
-    except OSError as e: raise UserError(_cannot_write(path, e)) from None
-    try:
         yield Path(name)
         with contextlib.suppress(OSError): os.chmod(name, 0o644)  # not every file system has modes
         os.replace(name, path)
-    except OSError as e: raise UserError(_cannot_write(path, e)) from None
-    finally: Path(name).unlink(missing_ok=True)
-
-
-def _cannot_write(path, error) -> str:
-    "Say what could not be written, and why."
-    return f'Cannot write {path}: {reason(error)}; free space there or choose another folder with --out.'
+    except OSError as e:
+        why = f'Cannot write {path}: {reason(e)}; free space there or choose another folder with --out.'
+        raise UserError(why) from None
+    finally:
+        if name: Path(name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

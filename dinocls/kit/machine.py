@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from .config import root
 from .files import UserError, write_json
 
@@ -56,6 +58,15 @@ def install(extra: str) -> str:  # a name of settings.ini, as lora of `lora_requ
     return f"`pip install '.[{extra}]'` in the book's folder"
 
 
+@contextlib.contextmanager
+def needing(extra: str, what: str):  # as in 'The service'
+    "Say what to install where a library is missing. Raise `UserError` then."
+    try: yield
+    except ModuleNotFoundError as e:
+        if (e.name or '').startswith('dinocls'): raise
+        raise UserError(f'{what} needs {e.name}: {install(extra)}.') from None
+
+
 @functools.lru_cache
 def versions() -> dict:
     "Return the versions of Python and of the libraries that decide results."
@@ -90,14 +101,12 @@ def cores() -> int:
 
 def memory_limit() -> int:
     "Return the bytes of memory that this process may use: the machine's, or a container's if it grants less."
-    import psutil
     limits = [int(v) for v in (*_granted('memory.max'), *_granted('memory.limit_in_bytes', 'memory')) if v != 'max']
     return min([psutil.virtual_memory().total, *limits])
 
 
 def memory_free() -> int:
     "Return the bytes of memory that are free for this process, on the machine and in its container."
-    import psutil
     free = [psutil.virtual_memory().available]
     for limit, used, kind in (('memory.max', 'memory.current', ''),
                               ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'memory')):
@@ -155,6 +164,6 @@ def _peak_resident() -> int:
     with contextlib.suppress(OSError, IndexError):  # getrusage would begin with the peak of the process before this one
         return int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0]) * 2**10
     try: import resource
-    except ImportError: return __import__('psutil').Process().memory_info().peak_wset  # Windows
+    except ImportError: return psutil.Process().memory_info().peak_wset  # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 2**10  # macOS counts bytes

@@ -27,8 +27,11 @@ def run_stages(stage,  # a `Stage`
     if home: failed = on_cluster(stage, home, todo) if away else _in_workers(stage, home, todo, devices)
     else: failed = [(c, why) for c in todo if (why := attempt(stage, c))]
     if failed:
+        plain = [getattr(c, '_cfg', c) for c in cfgs]
+        apart = [f for f in FIELDS if len({getattr(c, f) for c in plain}) > 1]
+        def told(c): return ', '.join(f'{f}={getattr(c, f)}' for f in apart) or 'the only one'
         raise UserError(f'{stage.name} failed for {len(failed)} of {len(cfgs)} configurations, the others are stored: '
-                        + '; '.join(f'{_apart(c, cfgs)}: {why}' for c, why in failed) + '.')
+                        + '; '.join(f'{told(c)}: {why}' for c, why in failed) + '.')
     return [stage(c) for c in cfgs]
 
 
@@ -42,8 +45,7 @@ def _home(stage) -> str:
 def _devices(cfgs: list) -> list[str]:
     """Return the devices that may share the work: each GPU `at_once` times, or the CPU; none if there is nothing to
     share, a configuration names its device, or a launcher has shared it."""
-    if len(cfgs) < 2 or any(c.device not in ('auto', 'cuda') for c in cfgs): return []
-    if _launched(): return []
+    if len(cfgs) < 2 or _launched() or any(c.device not in ('auto', 'cuda') for c in cfgs): return []
     import torch
     torch.cuda.empty_cache()  # a worker may need what this process keeps for later
     gpus, most = [f'cuda:{i}' for i in range(torch.cuda.device_count())], cfgs[0].at_once
@@ -53,13 +55,6 @@ def _devices(cfgs: list) -> list[str]:
 def _launched() -> bool:
     "Tell whether a launcher has started several processes of which this is one."
     return int(os.environ.get('WORLD_SIZE', 1)) > 1
-
-
-def _apart(cfg, cfgs: list) -> str:
-    "Name a configuration by the fields in which it differs from the others."
-    plain = [getattr(c, '_cfg', c) for c in cfgs]
-    names = [f for f in FIELDS if len({getattr(c, f) for c in plain}) > 1]
-    return ', '.join(f'{f}={getattr(cfg, f)}' for f in names) or 'the only one'
 
 
 def _in_workers(stage, home: str, cfgs: list, devices: list) -> list[tuple]:  # configuration, what went wrong
@@ -97,10 +92,8 @@ def _follow(first: int):
 def _free(devices: list, folder):
     "Yield a device once it is free, and hold it."
     from filelock import Timeout
-    for place in itertools.cycle(enumerate(devices)):
-        with contextlib.ExitStack() as held:
-            try: held.enter_context(locked(folder/'stages'/f'device-{place[0]}.lock', timeout=0))
-            except Timeout: time.sleep(0.05)
-            else:
-                yield place[1]
-                return
+    for place, device in itertools.cycle(enumerate(devices)):
+        with contextlib.suppress(Timeout), locked(folder/'stages'/f'device-{place}.lock', timeout=0):
+            yield device
+            return
+        time.sleep(0.05)

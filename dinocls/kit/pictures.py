@@ -1,8 +1,8 @@
 "Pictures as a camera meant them: decoded by Pillow, upright, RGB; folders of them decoded once."
+import base64
 import contextlib
 import hashlib
 import io
-import json
 import os
 import shutil
 import stat
@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .fetch import data_folder
-from .files import UserError, digest, expand, file_digest, locked, read_json, reason, replacing, write_json
+from .files import UserError, digest, expand, file_digest, locked, plain, read_json, reason, replacing, write_json
 from .machine import cores, memory_free, progress
 
 
@@ -29,7 +31,6 @@ TURNS = dict(zip(range(2, 9), ('FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM
 def to_rgb(image):
     """Return a Pillow image upright, as 8-bit RGB, transparency on `BACKGROUND`; of one with 16 bits a channel,
     `bits_used` says how many hold something. Raise `ValueError` if it is empty, too large, or of floats."""
-    from PIL import Image
     if 0 in image.size: raise ValueError('it is empty')
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f'it has {image.width}×{image.height} pixels, more than {MAX_PIXELS:,}')
@@ -70,26 +71,22 @@ def _open(path):
 
 def decode(source):  # path or bytes
     "Return the picture in a file or in bytes, as upright RGB. Raise `ValueError` or `OSError` if there is none."
-    from PIL import Image, UnidentifiedImageError
     with contextlib.ExitStack() as held:
         file = io.BytesIO(source) if not isinstance(source, (str, os.PathLike)) else held.enter_context(_open(source))
         try: return to_rgb(held.enter_context(Image.open(file, formats=FORMATS)))
-        except (UnidentifiedImageError, Image.DecompressionBombError) as e:
-            bomb = isinstance(e, Image.DecompressionBombError)
-            raise ValueError(f'it claims more than {MAX_PIXELS:,} pixels' if bomb else
-                             f'it is not a picture in one of the formats {", ".join(FORMATS)}') from None
+        except Image.DecompressionBombError: raise ValueError(f'it claims more than {MAX_PIXELS:,} pixels') from None
+        except UnidentifiedImageError:
+            raise ValueError(f'it is not a picture in one of the formats {", ".join(FORMATS)}') from None
 
 
 def fit_to(picture, size: tuple):  # (width, height)
     "Crop a picture in its middle to the shape of `size`, and scale it to that."
-    from PIL import Image, ImageOps
     return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
 
 
 def photograph(name: str,  # flower or china, the two that come with scikit-learn
                side: int):  # pixels
     "Return a real photograph to look at, as a square Pillow image."
-    from PIL import Image
     from sklearn.datasets import load_sample_image
     return fit_to(Image.fromarray(load_sample_image(f'{name}.jpg')), (side, side))
 
@@ -133,7 +130,6 @@ def printable(name) -> str:  # text or path
 
 def _in_groups(work: Callable, files: list):  # of the indices of some files → list
     "Yield a function's answers over files. Threads share the work where decoding, which needs no lock, is most of it."
-    from PIL import Image
     Image.init()  # not by several threads at once
     large, n = np.mean([f.stat().st_size for f in files[:64]]) > 20_000, len(files)
     with ThreadPoolExecutor(min(8, cores()) if large else 1) as pool:
@@ -143,9 +139,10 @@ def _in_groups(work: Callable, files: list):  # of the indices of some files →
 class _Mixed(Exception): "Pictures of different sizes."
 
 
-def _fill(files: list, size: tuple | None, images: np.ndarray) -> dict:  # index → why the file cannot be read
-    """Decode files into `images`, cropped and scaled where need be. Raise `_Mixed` if `size` is given and another is
-    met, `UserError` for what says nothing of the pictures, a disk that fails say, and where upper bits are unused."""
+def _fill(files: list, size: tuple | None, images: np.ndarray) -> tuple[np.ndarray, dict]:
+    """Decode files into `images`, cropped and scaled where need be; return them without the broken ones, whose gaps
+    are closed in place, and index → why a file cannot be read. Raise `_Mixed` if `size` is given and another is met,
+    `UserError` for what says nothing of the pictures, a disk that fails say, and where upper bits are unused."""
     broken, bits = {}, {}
     def fill(group):
         for i in group:
@@ -162,7 +159,9 @@ def _fill(files: list, size: tuple | None, images: np.ndarray) -> dict:  # index
     if bits and (used := max(bits.values())) <= 14:
         raise Unreadable(f'The pictures of 16 bits a channel, as {printable(files[min(bits)])}, leave {16 - used} of '
                         f'them unused and would be dark: multiply all values by {2 ** (16 - used)}, or save 8 bits.')
-    return dict(sorted(broken.items()))
+    whole = [i for i in range(len(files)) if i not in broken] or range(len(files))
+    for row, i in enumerate(whole if broken else ()): images[row] = images[i]
+    return images[:len(whole)], dict(sorted(broken.items()))
 
 
 class Unreadable(UserError): "Pictures that can't be used, wherever they would be kept."
@@ -173,37 +172,23 @@ def _not_now(file: Path, error: Exception) -> Unreadable:
                      'make it readable, and try again.')
 
 
-def _sizes(files: list) -> list:
-    "Return the sizes that the headers of files tell, (width, height); those of broken ones are left out."
-    from PIL import Image
-    def size(i):
-        with contextlib.suppress(Exception), Image.open(files[i], formats=FORMATS) as image: return image.size
-    return [s for s in _in_groups(lambda group: [*map(size, group)], files) if s]
-
-
 def _decode_into(files: list, side: int, make) -> tuple[np.ndarray, dict]:  # make: shape → array
     "Decode files into an array (n, height, width, 3), all of one size, without the broken ones; return it, and those."
     for file in files:
         with contextlib.suppress(Exception):
             size = decode(file).size
             break
-    else: return _filled(make((len(files), 1, 1, 3)), files, None)
+    else: return _fill(files, None, make((len(files), 1, 1, 3)))
     least = min(side or min(size), *size)
     width, height = (max(1, round(n * least / min(size))) for n in size)
-    try: return _filled(make((len(files), height, width, 3)), files, size)
+    try: return _fill(files, size, make((len(files), height, width, 3)))
     except _Mixed: pass  # seldom known before some are decoded, and then soon
-    least = int(np.median([min(s) for s in _sizes(files)]))
+    def shorter(i):  # side, as the file's header tells
+        with contextlib.suppress(Exception), Image.open(files[i], formats=FORMATS) as image: return min(image.size)
+    sides = _in_groups(lambda group: [*map(shorter, group)], files)
+    least = int(np.median([s for s in sides if s]))
     least = min(side or least, least)
-    return _filled(make((len(files), least, least, 3)), files, None)
-
-
-def _filled(images: np.ndarray, files: list, size: tuple | None) -> tuple[np.ndarray, dict]:
-    "Decode files as `_fill` does, and close the gaps that broken ones leave, without a copy that memory may not hold."
-    broken = _fill(files, size, images)
-    if len(broken) in (0, len(files)): return images, broken
-    whole = [i for i in range(len(files)) if i not in broken]
-    for row, i in enumerate(whole): images[row] = images[i]
-    return images[:len(whole)], broken
+    return _fill(files, None, make((len(files), least, least, 3)))
 
 
 CACHE_FROM = 2**20  # bytes of files
@@ -221,7 +206,6 @@ def decoded(root: Path, files: list,
             side: int = 0) -> tuple[np.ndarray, dict, str]:  # uint8 (n, h, w, 3); index → why it can't be read; SHA-256
     """Decode the files under `root` that can be read, or open what an earlier process decoded. Larger pictures are
     shrunk until their shorter side has `side` pixels; 0: none is."""
-    import PIL
     def in_memory():
         images, broken = _decode_into(files, side, _in_memory)
         return images, broken, hashlib.sha256(images).hexdigest()
@@ -260,7 +244,6 @@ def _open_cache(file: Path) -> tuple | None:
 
 def _write_cache(file: Path, files: list, side: int) -> tuple:
     "Decode files into an array on disk, whole or not at all, and delete what was decoded of the folder before."
-    shape, broken = (), {}
     def make(wanted):  # on a full disk the process would be ended later, in the middle of writing
         if shutil.disk_usage(file.parent).free < 1.1 * np.prod(wanted, dtype=float): raise OSError('No space left')
         return np.memmap(tmp, np.uint8, 'w+', shape=wanted)
@@ -270,8 +253,7 @@ def _write_cache(file: Path, files: list, side: int) -> tuple:
         shape, size = images.shape, images.nbytes
         del images
         os.truncate(tmp, size)
-    about = {'shape': shape, 'broken': broken, 'sha256': file_digest(file), 'stamp': _stamp(file)}
-    about = json.loads(json.dumps(about))  # as it will be read
+    about = plain({'shape': shape, 'broken': broken, 'sha256': file_digest(file), 'stamp': _stamp(file)})
     write_json(file.with_suffix('.json'), [digest(about), about])  # last: it says that all is there
     for old in file.parent.glob(f'{file.name[:12]}-*'):
         if old.stem != file.stem:
@@ -281,7 +263,6 @@ def _write_cache(file: Path, files: list, side: int) -> tuple:
 
 def from_array(values):  # array (h, w, 3) or (h, w), or tensor (3, h, w), uint8
     "Return an array or a tensor as a picture in RGB. Raise `ValueError` for other shapes and types."
-    from PIL import Image
     shape, kind = tuple(values.shape), str(values.dtype).removeprefix('torch.')
     if kind != 'uint8': raise ValueError(f'its values are {kind}: give uint8, 0 to 255')
     if hasattr(values, 'detach'):  # a tensor, without importing torch for it
@@ -298,15 +279,13 @@ def to_pixels(item,  # path, bytes, Pillow image, array or tensor
               native: tuple,  # (height, width)
               name: str = 'the image') -> np.ndarray:  # uint8 (height, width, 3)
     "Return any picture, upright, at the native size. Raise `UserError` that names the item if it is none."
-    from PIL import Image
     if isinstance(item, (str, os.PathLike)): name = f'{name} ({printable(item)[-200:]})'
     try:
         if isinstance(item, Image.Image): image = to_rgb(item)
         elif isinstance(item, np.ndarray) or hasattr(item, 'detach'): image = from_array(item)
         elif isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)): image = decode(item)
         else:
-            raise ValueError(f'it is a {type(item).__name__}: '
-                             'give a path, bytes, a Pillow image, an array or a tensor')
+            raise ValueError(f'it is a {type(item).__name__}: give a path, bytes, a Pillow image, an array or a tensor')
         if 0 < (bits := getattr(image, 'bits_used', 0)) <= 12:
             raise ValueError(f'of 16 bits a channel it uses {bits} and would be nearly black: multiply its values by '
                              f'{2 ** (16 - bits)}, or save it with 8 bits')
@@ -317,6 +296,10 @@ def to_pixels(item,  # path, bytes, Pillow image, array or tensor
 
 def as_png(pixels: np.ndarray) -> bytes:
     "Encode uint8 pixels as a PNG file."
-    from PIL import Image
     Image.fromarray(pixels).save(file := io.BytesIO(), 'PNG')
     return file.getvalue()
+
+
+def as_url(pixels: np.ndarray) -> str:
+    "Return uint8 pixels as an address that holds them."
+    return 'data:image/png;base64,' + base64.b64encode(as_png(pixels)).decode()

@@ -21,7 +21,7 @@ import numpy as np
 from . import machine
 from .config import FIELDS, WHERE, Config, parse_overrides, preset
 from .files import (
-    UserError, as_os_error, digest, known_digest, locked, plain, read_json, reason, replacing, write_json)
+    UserError, as_os_error, digest, explain, known_digest, locked, plain, read_json, reason, replacing, write_json)
 
 RUN_FORMAT = 2  # layout of a run folder; raised when an older one could be misread
 STAGES = {}  # name → stage, filled as modules are imported
@@ -32,30 +32,24 @@ def open_run(cfg: Config) -> Path:
     "Return the run folder, made if need be. Raise `UserError` if it cannot be written, or is another run's."
     folder, wanted = cfg.folder, plain({f: getattr(cfg, f) for f in FIELDS if f not in WHERE})
     there = [p for p in folder.iterdir() if not p.name.startswith('.run-')] if folder.is_dir() else []
-    if (folder/'run.json').exists():  # asked after `there`: another process may be opening it
-        try: record = read_json(folder/'run.json')
-        except UserError as e:
-            why = str(e).partition(': ')[0]
-            raise UserError(f'{why}: choose another folder with --out, or delete that one.') from None
-        _check_run(folder, record, wanted)
+    if not (folder/'run.json').exists():  # asked after `there`: another process may be opening it
+        if there: raise UserError(f'{folder} is not empty and not a run folder: choose a new or empty one with --out.')
+        about = {'format': RUN_FORMAT, 'version': machine.version(), 'preset': cfg.preset, 'config': wanted}
+        write_json(folder/'run.json', about, sealed=True)
         return folder
-    if there:
-        raise UserError(f'{folder} is not empty and not a run folder: choose a new or empty one with --out.')
-    about = {'format': RUN_FORMAT, 'version': machine.version(), 'preset': cfg.preset, 'config': wanted}
-    write_json(folder/'run.json', about, sealed=True)
-    return folder
-
-
-def _check_run(folder: Path, record: dict, wanted: dict):
-    "Raise `UserError` unless `record` is of this format and configuration."
-    if not isinstance(record, dict) or record.get('format') != RUN_FORMAT:
-        made = record.get('version', 'unknown') if isinstance(record, dict) else 'unknown'
-        raise UserError(f'{folder} was written by another version of dinocls ({made}; this is {machine.version()}): '
-                        'choose a new folder with --out.')
+    try: record = read_json(folder/'run.json')
+    except UserError as e:
+        why = str(e).partition(': ')[0]
+        raise UserError(f'{why}: choose another folder with --out, or delete that one.') from None
+    if not isinstance(record, dict): record = {}
+    if record.get('format') != RUN_FORMAT:
+        raise UserError(f'{folder} was written by another version of dinocls ({record.get("version", "unknown")}; '
+                        f'this is {machine.version()}): choose a new folder with --out.')
     had = plain(dataclasses.asdict(Config())) | (record.get('config') or {})  # a later field was at its default
     other = [k for k in wanted if k not in NOT_READ and had.get(k) != wanted[k]]
     if other: raise UserError(f'{folder} holds a run with {other[0]}={had.get(other[0])!r}, this one has '
                               f'{other[0]}={wanted[other[0]]!r}: choose another folder with --out, or delete that one.')
+    return folder
 
 
 def configure(name: str,  # preset
@@ -254,11 +248,10 @@ class Stage:
         for result in stored(cfg.folder, self.name):
             if any(plain(getattr(cfg, f, None)) != v for f, v in result.record['fields'].items()): continue
             why = self._objection(result.record, cfg)
-            if (not why or cfg.keep) and (damage := result.damage()):
-                objection = damage
-                continue
-            if not why or cfg.keep: return (_marked(result, why) if why else result), why
-            objection = f'{why} since {time.strftime("%Y-%m-%d %H:%M", time.localtime(result.record["started"]))}'
+            if why and not cfg.keep:
+                objection = f'{why} since {time.strftime("%Y-%m-%d %H:%M", time.localtime(result.record["started"]))}'
+            elif damage := result.damage(): objection = damage
+            else: return (_marked(result, why) if why else result), why
         return None, objection
 
     def _objection(self, record: dict, cfg: Config) -> str:
@@ -282,16 +275,16 @@ class Stage:
         if why: self._say(f'{self.name} is computed anew: {why}.')
         if not (cfg.folder/'run.json').exists(): open_run(cfg)
         partial, locks = self._places(cfg)
+        if machine.rank():  # takes part in what the first process computes, and waits for its result
+            self.fn(View(cfg, {}, {}), partial)
+            while not (found := self.find(cfg)[0]): time.sleep(0.1)
+            return found
         with contextlib.ExitStack() as held:
-            try:
+            with explain(OSError, f'{self.name} cannot be computed in {cfg.folder}',
+                         'make it writable, or choose another folder with --out.'):
                 partial.parent.mkdir(parents=True, exist_ok=True)
-                for lock in () if machine.rank() else locks: held.enter_context(locked(lock))
-                found = None if machine.rank() else self.find(cfg)[0]
-                if not (found or machine.rank()): partial.mkdir(exist_ok=True)
-            except OSError as e:
-                raise UserError(f'{self.name} cannot be computed in {cfg.folder} ({reason(e)}): make it writable, or '
-                                'choose another folder with --out.') from None
-            if machine.rank(): return self._assist(cfg, partial)
+                for lock in locks: held.enter_context(locked(lock))
+                if not (found := self.find(cfg)[0]): partial.mkdir(exist_ok=True)
             return found or self._compute(cfg, partial)
 
     def _say(self, sentence: str):
@@ -324,22 +317,17 @@ class Stage:
         record = {'stage': self.name, 'fields': dict(sorted(fields.items())), 'content': content_of(cfg, fields),
                   'code': code_digests(self), 'after': after}
         key = digest(record)
-        record |= {'key': key, 'digest': digest(files), 'kept': _kept(cfg, after), 'git': machine.git_commit(),
-                   'config': plain(dataclasses.asdict(cfg)),
-                   'versions': machine.versions(), 'hardware': machine.hardware(),
-                   'peak_memory_mb': machine.peak_memory(), 'started': round(start),
+        stale = [name for name in after if (record_of(cfg.folder/'stages'/name) or {}).get('kept')]
+        record |= {'key': key, 'digest': digest(files), 'git': machine.git_commit(),
+                   'kept': f'it rests on {", ".join(stale)}, kept although stale' if stale else '',
+                   'config': plain(dataclasses.asdict(cfg)), 'versions': machine.versions(),
+                   'hardware': machine.hardware(), 'peak_memory_mb': machine.peak_memory(), 'started': round(start),
                    'seconds': round(time.perf_counter() - clock, 3), 'parts': kinds, 'files': files}
         write_json(partial/'run.json', record, sealed=True)
         done = cfg.folder/'stages'/f'{self.name}-{key[:12]}'
         shutil.rmtree(done, ignore_errors=True)
         partial.rename(done)
         return Result(done)
-
-    def _assist(self, cfg: Config, partial: Path) -> Result:
-        "Take part in a stage that the first process computes, and wait for its result."
-        self.fn(View(cfg, {}, {}), partial)
-        while not (found := self.find(cfg)[0]): time.sleep(0.1)
-        return found
 
 
 def stage(fn) -> Stage:
@@ -401,12 +389,6 @@ def _marked(result: Result, why: str) -> Result:
     "Write into a result's record that it was kept, and why."
     if result.record['kept'] != why: write_json(result.folder/'run.json', result.record | {'kept': why}, sealed=True)
     return Result(result.folder)
-
-
-def _kept(cfg: Config, after: dict) -> str:
-    "Say which of the results that were used were kept although they are stale, or nothing."
-    names = [name for name in after if (record_of(cfg.folder/'stages'/name) or {}).get('kept')]
-    return f'it rests on {", ".join(names)}, kept although stale' if names else ''
 
 
 def forget(folder: Path, names):  # run folder; stages
