@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 
 from .cluster import attempt, on_cluster
 from .config import FIELDS
@@ -68,6 +69,7 @@ def _in_workers(stage, home: str, cfgs: list, devices: list) -> list[tuple]:  # 
         try: return '' if stage.is_done(cfg) else work([cfg], 2)[0]  # 2: in a process of its own
         except TerminatedWorkerError: return 'its process ended, perhaps for lack of memory'
     if not (cfgs[0].folder/'run.json').exists(): open_run(cfgs[0])
+    warnings.filterwarnings('ignore', 'A worker stopped')  # joblib renews one whose memory has grown, and says so
     try: found = work(cfgs, min(len(devices), len(cfgs)))
     except TerminatedWorkerError: found = [alone(c) for c in cfgs]  # one that dies takes the others along
     return [(c, why) for c, why in zip(cfgs, found) if why]
