@@ -228,7 +228,7 @@ class Run:
                         alone = any(j.chapter.alone for j in (job, *self.running))
                         if not self.running or not alone and len(self.running) < self.width:
                             self.running[job] = pool.submit(self.settle, ready.pop(ready.index(job)))
-                    wait(self.running.values(), 0.2, FIRST_COMPLETED)
+                    wait(self.running.values(), 0.5, FIRST_COMPLETED)
                     for job in self.running: job.family()
                     self.show.tick(self.running)
                     for job in [job for job, future in self.running.items() if future.done()]:
