@@ -310,7 +310,7 @@ PRESETS = {
     'smoke': Preset('tests: each chapter in seconds', '2 min for the book on 2 CPU cores, no network',
                     'every cell runs; the scores mean nothing', _SMOKE),
     'quick': Preset('the embedded default: real digits, ten labels a class',
-                    '13 min on 2 CPU cores with AMX beside light work; no network',
+                    '8 min on 2 CPU cores with AMX; no network',
                     'a small ViT, pre-trained without labels: about 93 % on 900 test digits', _QUICK),
     'laptop': Preset('CIFAR-10 itself on two cores: 2,500 labels, all 10,000 test images',
                      '57 min on 2 CPU cores with AMX; CIFAR-10 download of 170 MB',
