@@ -191,7 +191,9 @@ def watched(pid: int):
     "Yield what will be, after the block, the peak of `memory` while it ran."
     process, peak, ended = psutil.Process(pid), np.zeros(2), threading.Event()
     def watch():
-        while not ended.wait(0.05): np.maximum(peak, memory(process), out=peak)
+        while not ended.wait(0.05):
+            with contextlib.suppress(psutil.Error, OSError):  # one has just ended, or no file can be opened
+                np.maximum(peak, memory(process), out=peak)
     (thread := threading.Thread(target=watch)).start()
     try: yield peak
     finally:
