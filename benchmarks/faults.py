@@ -192,8 +192,9 @@ def watched(pid: int):
     process, peak, ended = psutil.Process(pid), np.zeros(2), threading.Event()
     def watch():
         while not ended.wait(0.05):
-            with contextlib.suppress(psutil.Error, OSError):  # one has just ended, or no file can be opened
-                np.maximum(peak, memory(process), out=peak)
+            with contextlib.suppress(psutil.Error):  # one has just ended
+                try: np.maximum(peak, memory(process), out=peak)
+                except OSError: peak[:] = np.nan  # no file can be opened: what it takes is not known
     (thread := threading.Thread(target=watch)).start()
     try: yield peak
     finally:
