@@ -133,7 +133,7 @@ def cost(name: str, folder: Path, **fields) -> dict:
     loop = start(classifier(cfg, 10), cfg, 1, 4, 1e-5, 1e-4)
     source = Loader(np.zeros((2, 32, 32, 3), np.uint8), np.arange(2), 2, 0)
     train_epoch(loop, Divided(loop.model, loop.accelerator), source)
-    loop.best = {'accuracy': 0.0, 'epoch': 0, 'weights': loop.model.state_dict()}
+    loop.best = {'chosen': 0.0, 'accuracy': 0.0, 'epoch': 0, 'weights': loop.model.state_dict()}
     times = {'write': [], 'read': []}
     for _ in range(5):
         loop.step += 1  # of two checkpoints of one step, the one just written might be taken for the older

@@ -149,13 +149,13 @@ trained on; others may be harder.
 # %% ../nbs/13_inference.ipynb #4dc3d6e8
 def promise_text(promise: dict) -> str:
     "Say what is promised of the answers that are given."
-    images = f'{promise["images"]:,} validation images kept apart'
+    images = f'{promise["images"]:,} validation images that chose nothing'
     if promise['risk'] is None:
         return f'No share of right answers is promised: {images} are too few, or it errs too often.'
     return (f'An answer is `uncertain` where its probability is below {promise["least"]:.3f}. Of the other answers '
             f'at most {100 * promise["risk"]:g} % are wrong, with {100 * promise["sure"]:g} % confidence, on pictures '
             f'like those of validation and over all classes together (learned from {images}, of which '
-            f'{promise["answered"]:,} were answered; the best epoch was chosen on all of validation).')
+            f'{promise["answered"]:,} were answered).')
 
 def model_card(about: dict) -> str:
     "Return the README of a model: what it is, what it scored, how it is used, where it ends."

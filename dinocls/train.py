@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .augment import augment, mix, mixed_loss, preprocess
-from .data import Loader
+from .data import Loader, halves
 from .kit.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from .kit.files import UserError
 from .kit.machine import progress
@@ -72,7 +72,7 @@ class Loop:
     bad: int = 0  # of those the last in a row, overflows of the loss scaler aside
     losses: torch.Tensor | None = None  # of this epoch: their sum and number, (2,)
     history: list = field(default_factory=list)  # a row per epoch
-    best: dict = field(default_factory=dict)  # {'accuracy', 'epoch', 'weights'} of the best epoch so far
+    best: dict = field(default_factory=dict)  # {'chosen', 'accuracy', 'epoch', 'weights'} of the best epoch so far
     answers: list = field(default_factory=list)  # of what was scored after each epoch: validation logits (n, classes)
     micro: int = 0  # images that the backbone sees at once; 0: the whole batch
     val_feats: np.ndarray | None = None  # embeddings of the validation images, which a frozen backbone never changes
@@ -266,17 +266,19 @@ def in_halves(logits: np.ndarray) -> torch.Tensor:  # (n, classes)
     return torch.from_numpy(logits - logits.max(1, keepdims=True)).clamp(min=-6e4).half()
 
 def validate(loop: Loop, loss: float, val, seconds: float) -> dict:
-    """Score the averaged model, and the raw one where that costs nothing; keep the weights if they are the best so far;
-    return the row of history."""
+    """Score the averaged model, and the raw one where that costs nothing; keep the weights if the first half of
+    validation finds them the best so far; return the row of history."""
     part = loop.ema.module if loop.ema else loop.trained
     logits = val_logits(loop, part, val[0])
     scored = raw = accuracy_and_loss(logits, val[1])
     if loop.ema: raw = accuracy_and_loss(val_logits(loop, loop.trained, None), val[1]) if loop.model.frozen else {}
     loop.answers.append(in_halves(logits))
-    accuracy = scored['accuracy']
-    if not loop.best or accuracy >= loop.best['accuracy']:
-        loop.best = {'accuracy': accuracy, 'epoch': loop.epoch, 'weights': copy.deepcopy(part.state_dict())}
-    return {'epoch': loop.epoch, 'loss': loss, 'val_accuracy': accuracy, 'val_loss': scored['loss'],
+    first, _ = halves(val[1].cpu().numpy(), loop.cfg.split_seed)
+    chosen = accuracy_and_loss(logits[first], val[1].cpu()[first])['accuracy']
+    if not loop.best or chosen >= loop.best['chosen']:
+        loop.best = {'chosen': chosen, 'accuracy': scored['accuracy'], 'epoch': loop.epoch,
+                     'weights': copy.deepcopy(part.state_dict())}
+    return {'epoch': loop.epoch, 'loss': loss, 'val_accuracy': scored['accuracy'], 'val_loss': scored['loss'],
             **{f'raw_val_{k}': v for k, v in raw.items()},
             **{f'lr_{k}': v for k, v in group_rates(loop).items()},
             'skipped': loop.skipped, 'seconds': round(seconds, 3)}

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from dinocls.kit import config, files
 from dinocls import phase1 as chapter5, train
 from dinocls.ablation import (
-    add_rows, cka, contrasts, cross_fitted, drift, ema_study, grid, in_half, leave_rows, phase2_drift, summarise,
-    turned_off,
+    add_rows, cka, contrasts, cross_fitted, drift, ema_study, grid, leave_rows, phase2_drift, summarise, turned_off,
     weight_change)
 from dinocls.augment import label_loss, mixed_loss
+from dinocls.data import halves
 from dinocls.kit.config import preset
 from dinocls.kit.stage import variant
 from dinocls.model import classifier
@@ -90,20 +90,19 @@ def run(row, seed, right): return {'row': row, 'seed': seed, 'chosen': np.array(
 def test_an_epoch_has_no_say_from_the_images_that_it_scores():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 101)
-    half = in_half(labels, 42)
-    assert abs(np.bincount(labels[half], minlength=5) - np.bincount(labels[~half], minlength=5)).max() <= 1
+    first, second = halves(labels, 42)
     right = rng.random((20, 101)) < 0.5
-    for part in (half, ~half):
+    for part, other in ((first, second), (second, first)):
         changed = right.copy()
-        changed[:, part] = rng.random((20, part.sum())) < 0.5  # what is scored does not choose
-        epoch = max(range(20), key=lambda e: (right[e, ~part].sum(), e))
-        assert (cross_fitted(changed, half)[part] == changed[epoch, part]).all()
+        changed[:, part] = rng.random((20, len(part))) < 0.5  # what is scored does not choose
+        epoch = max(range(20), key=lambda e: (right[e, other].sum(), e))
+        assert (cross_fitted(changed, first, second)[part] == changed[epoch, part]).all()
 
 
 def test_an_early_epoch_is_chosen_and_the_last_stands_beside_it():
     "As at rates of 1e-2 and 1e-1, where the first epoch had 49.7 % and the last 10.6 %."
     epochs = np.arange(1000) % 10 < np.array([[5], [3], [1]])
-    assert cross_fitted(epochs, in_half(np.zeros(1000, int), 0)).mean() == 0.5 and epochs[-1].mean() == 0.1
+    assert cross_fitted(epochs, *halves(np.zeros(1000, int), 0)).mean() == 0.5 and epochs[-1].mean() == 0.1
 
 
 def test_equal_rows_are_rarely_told_apart():

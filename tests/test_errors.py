@@ -52,14 +52,6 @@ def test_a_promise_is_broken_in_one_of_twenty_cases_at_most(n, error):
     assert errors.promise(sure[:9], np.ones(9, bool))['risk'] is None  # nine images can promise nothing
 
 
-def test_halves_hold_a_rare_class_alike():
-    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [900, 40, 1]))
-    for seed in range(5):
-        a, b = errors.halves(labels, seed)
-        assert sorted([*a, *b]) == list(range(len(labels))) and len(b) - len(a) in (0, 1)
-        assert np.bincount(labels[a], minlength=3)[1] == np.bincount(labels[b], minlength=3)[1] == 20
-
-
 # --- the judges -------------------------------------------------------------
 
 ORIGINAL = np.array([3, 8, 8, 0, 6, 6, 1, 6, 3, 1, 0, 9, 5, 7, 9, 8, 5, 7, 8, 6])

@@ -8,8 +8,8 @@ from PIL import Image
 
 from dinocls import data, model
 from dinocls.data import (
-    check_splits, compare_splits, load_split, look_alikes, make_splits, mirrored, nearest_pairs, sample_unlabelled,
-    small_pixels, splits, unlabelled)
+    check_splits, compare_splits, halves, load_split, look_alikes, make_splits, mirrored, nearest_pairs,
+    sample_unlabelled, small_pixels, splits, unlabelled)
 from dinocls.kit import config, datasets, files
 from dinocls.kit.datasets import Dataset, load_dataset
 from dinocls.model import seen_in_pretraining
@@ -240,3 +240,11 @@ def test_the_splits_of_the_preset_are_stratified_and_disjoint(cifar10, real, tmp
     seen, parts = unlabelled(few), splits(few)
     assert len(np.unique(seen)) == 40_000 and seen.max() < 50_000
     assert np.isin(parts['train'], seen).all() and not np.isin(seen, parts['val']).any()
+
+
+def test_halves_hold_a_rare_class_alike():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [900, 40, 1]))
+    for seed in range(5):
+        a, b = halves(labels, seed)
+        assert sorted([*a, *b]) == list(range(len(labels))) and len(a) - len(b) in (0, 1)
+        assert np.bincount(labels[a], minlength=3)[1] == np.bincount(labels[b], minlength=3)[1] == 20

@@ -19,7 +19,7 @@ from conftest import COMMAND, ROOT, environment, wait
 from dinocls.kit import config, files
 from dinocls.kit.training import Checkpointer, checkpoints
 from dinocls import train
-from dinocls.data import load_split
+from dinocls.data import halves, load_split
 from dinocls.model import classifier
 from dinocls.phase2 import phase2
 from dinocls.train import fit
@@ -48,6 +48,21 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch
     assert [r['skipped'] for r in result['history']] == [1, 0]
     assert all(np.isfinite(r['loss']) for r in result['history'])
     assert all(torch.isfinite(v).all() for v in result['weights'].values())
+
+
+def test_the_first_half_of_validation_chooses_the_epoch_alone(tmp_path, monkeypatch):
+    (_, y), answers = load_split(SMALL, 'val'), iter(range(1, 9))
+    first, second = halves(y[:100].numpy(), SMALL.split_seed)
+    def val_logits(*_):
+        epoch, logits = next(answers), np.zeros((100, 10), np.float32)
+        sure = first[:30 if epoch == 2 else 20], second[:5 if epoch == 2 else 50]  # 35 right in the second, else 70
+        logits[np.concatenate(sure), y[np.concatenate(sure)]] = 9
+        logits[(logits == 0).all(1), (y[:100][(logits == 0).all(1)] + 1) % 10] = 9
+        return logits
+    monkeypatch.setattr(train, 'val_logits', val_logits)
+    result = run(tmp_path, epochs=4, ema_decay=0.0)
+    assert (result['best_epoch'], [round(r['val_accuracy'], 2) for r in result['history']]) == (2, [.7, .35, .7, .7])
+    assert round(result['val_accuracy'], 2) == 0.35
 
 
 def test_overflows_lower_the_scale_and_hold_the_schedule(tmp_path, monkeypatch):
