@@ -27,9 +27,8 @@ def code(path): return [source for kind, source, _ in cells(path) if kind == 'co
 @BY_NAME
 def test_opens_as_the_style_says(path):
     kinds = cells(path)
-    assert re.match(r'# .+\n\n> .+', kinds[0][1]) and kinds[1][1].startswith('[![Open in Colab]')
-    assert kinds[2][1] == f'#| default_exp {path.stem.partition("_")[2]}'
-    assert kinds[3][1].startswith('# In Colab, install')
+    assert re.match(r'# .+\n\n> .+\n\n\[!\[Open in Colab\]', kinds[0][1])
+    assert kinds[1][1].startswith(f'#| default_exp {path.stem.partition("_")[2]}\n# In Colab, install')
     tagged = [source for _, source, c in kinds if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1 and re.findall(r'^(\w+): str = ', tagged[0], re.M) == ['preset', 'overrides', 'out']
     assert "preset: str = 'smoke'" in tagged[0]
@@ -41,7 +40,7 @@ def test_a_chapter_asks_is_short_and_leaves_something_to_try(c):
     prose = ' '.join(source for kind, source, _ in kinds if kind == 'markdown')
     assert c.question and len(kinds) <= 70 and len(prose.split()) <= 1300
     assert 'write_findings(' in ''.join(code(c.path)) and '<details><summary>' in prose
-    for _, source, cell in kinds[2:5]: assert 'hide-cell' in cell['metadata'].get('tags', ()), source
+    for _, source, cell in kinds[1:3]: assert 'hide-cell' in cell['metadata'].get('tags', ()), source
 
 
 @pytest.mark.parametrize('c', CHAPTERS, ids=lambda c: c.name)

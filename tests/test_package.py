@@ -60,7 +60,7 @@ def test_a_chapter_runs_in_colab_with_nothing_but_its_own_file(tmp_path):
     shutil.copytree(ROOT/'dinocls', repo/'dinocls', ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('setup.py', 'pyproject.toml', 'settings.ini', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, repo)
     book = nbformat.read(ROOT/'nbs'/'00_stats.ipynb', 4)
-    url, branch = re.search(r'git\+(\S+?)@(\S+?)"', book.cells[3].source).groups()
+    url, branch = re.search(r'git\+(\S+?)@(\S+?)"', book.cells[1].source).groups()
     git = ['git', '-C', repo, '-c', 'user.name=a', '-c', 'user.email=a@localhost']
     for args in (['init', '-q', '-b', branch], ['add', '-A'], ['commit', '-q', '-m', 'all']):
         subprocess.run([*git, *args], check=True)

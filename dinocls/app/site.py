@@ -90,8 +90,8 @@ def as_source(path: Path, repo: dict) -> str:
     for cell in nb['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'code': cell |= {'outputs': [], 'execution_count': None}
-        if source.startswith('[![Open in Colab]'): cell['source'] = badge.splitlines(keepends=True)
-        if source.startswith('# In Colab, install'): cell['source'] = install.splitlines(keepends=True)
+        for start, now in (('[![Open in Colab]', badge), ('# In Colab, install', install)):  # each ends its cell
+            if start in source: cell['source'] = (source.partition(start)[0] + now).splitlines(keepends=True)
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n'
 
 
