@@ -209,7 +209,7 @@ def folders(out: Path):
         env = {k: v for k, v in os.environ.items() if not k.startswith('DINOCLS_')} | {'DINOCLS_DATA': f'{tmp}/data'}
         for number, (n, size, most, stage, fields) in enumerate(SETS):
             if size not in made: photographs(made.setdefault(size, Path(tmp)/f'{size[0]}'), n, size)
-            fields, clock = f'data_root={made[size]} dataset=imagefolder on_broken=skip {fields}', time.perf_counter()
+            fields = f'data_root={made[size]} dataset=imagefolder on_broken=skip {fields}'
             given = [a for f in fields.split() for a in ('-s', f)]
             process = subprocess.Popen([COMMAND, 'stage', stage, '-p', 'quick', *given, '--out', f'{tmp}/run-{number}'],
                                        env=env)
@@ -219,15 +219,15 @@ def folders(out: Path):
             kept = max(f.stat().st_size for f in Path(tmp, 'data').rglob('*.rgb')) / 2**30
             holds &= own < most
             rows.append(f'| {n:,} of {size[0]}×{size[1]} | `{stage}` | `{fields.partition(" ")[2]}` | {most} | **{own:.2f}** '
-                        f'| {mapped:.2f} | {kept:.2f} | {(time.perf_counter() - clock) / 60:.1f} |')
+                        f'| {mapped:.2f} | {kept:.2f} |')
             print(rows[-1], flush=True)
     h, v = machine.hardware(), machine.versions()
     lines = [FOLDERS, '', f'`python benchmarks/faults.py folders`: {h["cpu"]}, {h["cores"]} cores, torch {v["torch"]}. '
              'JPEG files in folders of ten classes, one of which is cut short, are decoded into a file that is mapped into '
              'memory; what the system keeps of that there it can take back, and the processes\' own memory is what must '
              'fit. GiB, the peak of all processes together.', '',
-             '| pictures | stage | what differs from the preset quick | may take | takes | with the mapped file | size of that file | minutes |',
-             '|---|---|---|---|---|---|---|---|', *rows]
+             '| pictures | stage | what differs from the preset quick | may take | takes | with the mapped file | size of that file |',
+             '|---|---|---|---|---|---|---|', *rows]
     before = out.read_text(encoding='utf-8').partition(FOLDERS)[0].rstrip()
     with files.replacing(out) as file: file.write_text('\n'.join([before, '', *lines]) + '\n', encoding='utf-8')
     if not holds: raise SystemExit('More than they may take.')
