@@ -8,6 +8,7 @@ import importlib
 import os
 import platform
 import shutil
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -87,11 +88,21 @@ def _known(stage, cfg) -> dict:
     return pack_results(found.folder for s in STAGES.values() if s.module in reached and (found := s.find(cfg)[0]))
 
 
+def knock(address: str):  # host:port or ray://host:port; nothing is asked of others, as auto
+    "Raise `UserError` where nobody listens at an address of Ray, which itself would try for minutes."
+    host, _, port = address.rpartition('://')[2].rpartition(':')
+    if port.isdecimal():
+        with explain((OSError, OverflowError, UnicodeError), f'No cluster of Ray answers at {address}',
+                     'see `ray status` there, or name another one in $RAY_ADDRESS.'):
+            socket.create_connection((host.strip('[]'), int(port)), timeout=1).close()
+
+
 @contextlib.contextmanager
 def _ray(cfg):
     "Yield what sends work to Ray, a GPU's share for each; $RAY_ADDRESS or this machine says which cluster."
     with needing('ray', 'A cluster of Ray'): import ray
     if mine := not ray.is_initialized():
+        knock(os.environ.get('RAY_ADDRESS', ''))
         with explain((ConnectionError, RuntimeError, ValueError), 'No cluster of Ray can be used',
                      'start one by `ray start --head`, or name it in $RAY_ADDRESS.'):
             ray.init(address='auto', log_to_driver=False, logging_level='ERROR')

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, wait
 
 from dinocls.kit import stage
-from dinocls.kit.cluster import store_results, work
+from dinocls.kit.cluster import knock, store_results, work
 from dinocls.kit.config import preset
 from dinocls.kit.files import UserError
 from dinocls.kit.parallel import run_stages
@@ -167,8 +167,22 @@ def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch, clus
 
 def test_without_a_cluster_of_ray_it_says_how_to_name_one(tmp_path, monkeypatch):
     def init(**_): raise ConnectionError('nobody is there')
+    monkeypatch.delenv('RAY_ADDRESS', raising=False)
     monkeypatch.setattr(pytest.importorskip('ray', reason='Ray is not installed'), 'init', init)
     with pytest.raises(UserError, match=r'No cluster of Ray can be used \(nobody is there\): start one by'):
+        run_stages(phase1_logits, [preset('smoke', out=tmp_path/'run', cluster='ray')])
+
+
+@pytest.mark.parametrize('scheme', ['', 'ray://'])
+def test_where_nobody_listens_ray_is_not_asked(monkeypatch, tmp_path, scheme):
+    with socket.create_server(('127.0.0.1', 0)) as there:
+        address = f'{scheme}127.0.0.1:{there.getsockname()[1]}'
+        knock(address), knock('auto')
+    with pytest.raises(UserError, match=rf'No cluster of Ray answers at {address} \(Connection refused\): see'):
+        knock(address)
+    pytest.importorskip('ray', reason='Ray is not installed')
+    monkeypatch.setenv('RAY_ADDRESS', address)
+    with pytest.raises(UserError, match='No cluster of Ray answers'):
         run_stages(phase1_logits, [preset('smoke', out=tmp_path/'run', cluster='ray')])
 
 
