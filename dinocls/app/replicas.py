@@ -1,5 +1,6 @@
 """The service in several processes, or on several machines: Ray Serve starts it once for each replica, shares the
 requests out, and puts another in the place of one that fails."""
+import asyncio
 import contextlib
 import gc
 import logging
@@ -18,8 +19,6 @@ from ..kit.machine import cores, needing
 from .service import Limits, announce, create_app
 
 NAME, QUIET = 'dinocls', {'log_level': 'ERROR', 'enable_access_log': False}
-
-
 OWN = {'RAY_USAGE_STATS_ENABLED': '0', 'RAY_AUTH_MODE': 'token', 'GRPC_VERBOSITY': 'ERROR',
        'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}  # whatever the system: Ray's ports are open to this machine alone
 
@@ -62,6 +61,12 @@ def merge(found: list) -> list:  # (replica, its metrics)
     return list(merged.values())
 
 
+class Kept:
+    "Middleware that ends what was begun; else, where a client leaves, Ray ends the request and with it its reader."
+    def __init__(self, app): self.app = app
+    async def __call__(self, *of): await asyncio.shield(self.app(*of))
+
+
 def patience(limits: Limits) -> float: return 2 * limits.timeout + 5  # seconds in which a request surely ends
 
 
@@ -78,6 +83,7 @@ def application(path, replicas: int, given: dict, limits: Limits, device: str, b
             found = merge([t for t in told if isinstance(t, tuple)])
             return generate_latest(SimpleNamespace(collect=lambda: found))
         app.state.metrics = metrics
+        app.add_middleware(Kept)
         gc.collect()
         gc.freeze()  # as in `serve` of one process
         return app
@@ -122,7 +128,7 @@ def run(path, replicas: int, device: str, backend: str, host: str, port: int, ap
     again = queue.SimpleQueue()
     def end(number, frame): raise SystemExit(128 + number)
     if hasattr(signal, 'SIGHUP'): signal.signal(signal.SIGHUP, lambda *_: again.put(True))  # not on Windows
-    with cluster() as nodes, contextlib.ExitStack() as last:
+    with cluster() as nodes:
         signal.signal(signal.SIGTERM, end)  # Ray has one of its own until here
         given = share(nodes, replicas, gpu=device != 'cpu')
         if 'readers' not in limits.model_fields_set:
@@ -134,13 +140,14 @@ def run(path, replicas: int, device: str, backend: str, host: str, port: int, ap
         serve.start(logging_config=QUIET, http_options={
             'host': host, 'port': port, 'keep_alive_timeout_s': math.ceil(limits.idle_seconds),
             'request_timeout_s': patience(limits)})
-        last.enter_context(contextlib.suppress(TimeoutError, exceptions.RayError))
-        last.callback(serve.delete, NAME)  # what was taken in is answered before the proxy goes
-        deploy()
-        announce(host, port, page, api_key)
-        while again.get():
-            print('The replicas are made anew.', flush=True)
-            try:
-                load_model(path)
-                deploy()
-            except UserError as e: print(f'The old ones stay: {e}', file=sys.stderr)
+        try:
+            deploy()
+            announce(host, port, page, api_key)
+            while again.get():
+                print('The replicas are made anew.', flush=True)
+                try:
+                    load_model(path)
+                    deploy()
+                except UserError as e: print(f'The old ones stay: {e}', file=sys.stderr)
+        finally:  # what was taken in is answered before the proxy goes
+            with contextlib.suppress(TimeoutError, exceptions.RayError): serve.delete(NAME)

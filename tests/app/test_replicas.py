@@ -24,7 +24,7 @@ from dinocls.kit.pictures import as_png
 pytest.importorskip('fastapi', reason="the service is an extra: pip install '.[serve]'")
 httpx = pytest.importorskip('httpx')
 pytest.register_assert_rewrite('clients')
-from clients import CFG, CLASSES, KIND, NOISE, PNG, alike, claims, encoded, serving  # noqa: E402
+from clients import CFG, CLASSES, KIND, NOISE, PNG, alike, claims, encoded, head, serving  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dinocls.app import replicas  # noqa: E402
@@ -207,6 +207,25 @@ def test_overload_is_refused_with_a_time_to_come_back(service):
     assert {f.status_code for f in found} == {200, 429}
     assert all(1 <= int(f.headers['retry-after']) <= 60 for f in found if f.status_code == 429)
     assert command.predict().status_code == 200
+
+
+@pytest.mark.slow
+def test_who_leaves_costs_no_reader_and_who_guesses_keys_is_told_from_others(service):
+    command, _ = service
+    big = encoded(Image.fromarray(np.zeros((5000, 5000, 3), np.uint8)))
+    def readers(): return {p.pid for r in command.replicas() for p in psutil.Process(r).children()}
+    before = readers()
+    for _ in range(8):
+        with socket.create_connection(('127.0.0.1', httpx.URL(command.url).port)) as leaving:
+            leaving.sendall(head(len(big), 'X-API-Key: secret') + big)
+            time.sleep(0.1)
+    wait(lambda: command.predict().status_code == 200, 60)
+    assert len(before) == 2 and readers() == before
+    wrong = [httpx.get(command.url + '/info', headers={'x-api-key': 'wrong'}).status_code for _ in range(40)]
+    assert {*wrong} == {401, 429}
+    with httpx.Client(transport=httpx.HTTPTransport(local_address='127.0.0.2')) as other:
+        assert {other.get(command.url + '/info', headers=KEY).status_code for _ in range(8)} == {200}
+    wait(lambda: {httpx.get(command.url + '/info', headers=KEY).status_code for _ in range(8)} == {200}, 30)
 
 
 @pytest.mark.slow
