@@ -23,7 +23,8 @@ ALONE = threading.RLock()  # random numbers belong to a process: its threads tak
 
 def on_cluster(stage, home: str, cfgs: list) -> list[tuple]:  # configuration, what went wrong
     "Compute a stage for each configuration on the cluster that they name."
-    run, code, said, todo = open_run(cfgs[0]), code_digests(stage), {}, range(len(cfgs))
+    run, code, said, todo = cfgs[0].folder, code_digests(stage), {}, range(len(cfgs))
+    if not (run/'run.json').exists(): open_run(cfgs[0])  # else a study may vary what the run was opened with
     sent = [dataclasses.replace(c, out=str(run), cluster='none', device=c.device.partition(':')[0]) for c in cfgs]
     try: sign = tempfile.NamedTemporaryFile(dir=run, prefix='.run-')
     except OSError as e: raise UserError(f'{run} cannot be written ({reason(e)}): choose another with --out.') from None

@@ -1,5 +1,6 @@
 "A study on a cluster: Ray and Dask, with a shared run folder and without one, and with a worker that is lost."
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -13,7 +14,8 @@ import psutil
 import pytest
 from conftest import ROOT, wait
 
-from dinocls.kit import stage
+from dinocls.data import splits
+from dinocls.kit import cluster as cluster_of, stage
 from dinocls.kit.cluster import knock, store_results, work
 from dinocls.kit.config import preset
 from dinocls.kit.files import UserError
@@ -148,6 +150,17 @@ def test_results_come_home_from_a_worker_that_does_not_see_the_run_folder(study,
     assert not phase1_logits.is_done(cfg)
     store_results(cfg.folder, files)
     assert phase1_logits.is_done(cfg) and not [*cfg.folder.glob('stages/*/.*'), *cfg.folder.glob('stages/*.partial')]
+
+
+def test_a_study_may_vary_what_its_run_was_opened_with(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def one_worker(cfg):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool: yield lambda *job: pool.submit(work, *job)
+    monkeypatch.setattr(cluster_of, '_ray', one_worker)
+    cfg = preset('smoke', out=tmp_path/'run', cluster='ray')
+    open_run(cfg)
+    found = run_stages(splits, [variant(cfg, split_seed=s) for s in (7, 8)])
+    assert not np.array_equal(*(f['train'] for f in found))
 
 
 def test_a_worker_with_other_code_says_so(tmp_path):
