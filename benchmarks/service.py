@@ -174,7 +174,7 @@ def measure_replicas(kind: str, seconds: float, rounds: int) -> dict:
 
 def table_replicas(kind: str, found: dict) -> str:
     "Return the report on a model that several processes hold."
-    lines = [f'## {MODELS[kind][0]}', '', '',
+    lines = [f'## {MODELS[kind][0]}', '', 'Each in turn, begun anew in each round.', '',
              f'| clients | {", answers/s | ".join(KINDS)}, answers/s | two replicas to one process | to one thread '
              f'| {", p99 (ms) | ".join(KINDS)}, p99 (ms) |', f'|{"---|" * 9}']
     for n in sorted({n for _, n in found}):
