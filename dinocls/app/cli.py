@@ -300,14 +300,21 @@ def serve(folder: Annotated[Path | None, typer.Argument(help=A_MODEL)] = None,
               help='what clients call this machine beside its numbers; may be repeated')] = None,
           limit: Annotated[list[str] | None, Option(
               '--limit', '-l', help='name=value, may be repeated: max_bytes, max_queue, timeout, …')] = None,
+          replicas: Annotated[int, Option(
+              min=1, help='processes that each hold the model and share the requests out, through Ray Serve')] = 1,
           preset: PresetOption = '', config: ConfigOption = None, set: SetOption = None, out: OutOption = None):
     "Answer over HTTP, until it is stopped."
     from ..inference import ProductionModel
+    from .replicas import prepare, run
     from .service import limits_from, listen, serve as start
-    limits_from(limits := parse_overrides(shlex.join(limit or [])))  # what can be refused is refused before work begins
-    listen(host, port).close()
-    served = ProductionModel(served_path(folder, settings(preset, config, set, out)), device, backend)
-    start(served, host, port, api_key, page, name or (), **limits)
+    limits = parse_overrides(shlex.join(limit or []))
+    bounds = limits_from(limits)  # what can be refused is refused before work begins
+    with listen(host, port) as free: at = free.getsockname()[1]
+    if replicas > 1: prepare(replicas, device)
+    served = ProductionModel(path := served_path(folder, settings(preset, config, set, out)), device, backend)
+    if replicas == 1: return start(served, host, port, api_key, page, name or (), **limits)
+    del served
+    run(expand(path).resolve(), replicas, device, backend, host, at, api_key, page, name or (), bounds)
 
 
 @app.command()

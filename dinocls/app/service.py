@@ -241,7 +241,17 @@ class Service:
         self.batcher = Batcher(model.answers, limits.max_batch, limits.max_queue, limits.wait_ms / 1000,
                                limits.timeout / 2, count)
         Gauge('dinocls_held_pictures', 'Pictures in the service', **here).set_function(lambda: self.batcher.held)
-        self.example = model.answers([np.full((*model.native, 3), 128, np.uint8)])[0]  # the first call, a slow one
+        self.grey = np.full((*model.native, 3), 128, np.uint8)
+        self.example = model.answers([self.grey])[0]  # the first call, a slow one
+
+    async def metrics(self) -> bytes:
+        "Return the counters as Prometheus reads them."
+        from prometheus_client import generate_latest
+        return generate_latest(self.registry)
+
+    async def probe(self):
+        "Have the model answer. Raise `Refusal` if it can't."
+        await self.batcher(self.grey)
 
     async def read(self, data: bytes) -> np.ndarray:
         """Decode a picture in a process of its own. Raise `Refusal`, also where that process had to be ended; another
@@ -458,7 +468,7 @@ def brought(kind: type[BaseModel], *media: str) -> dict:
 def add_endpoints(app, service: Service):
     "Add what the API answers."
     from fastapi import Request, Response
-    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    from prometheus_client import CONTENT_TYPE_LATEST
     model, limits = service.model, service.limits
     one = create_model('Picture', file=bytes)
     many = create_model('Pictures', files=(list[bytes], Field(max_length=limits.max_count)))
@@ -496,7 +506,7 @@ def add_endpoints(app, service: Service):
                 'limits': service.limits.model_dump()}
 
     @app.get('/metrics', summary='Counters for Prometheus', response_class=Response)
-    async def metrics(): return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(): return Response(await app.state.metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
 @needing('serve', 'The service')
@@ -520,7 +530,7 @@ def create_app(model,  # a `ProductionModel`
     what = f'Classifies pictures: {model.config["backbone"]}, {len(model.classes)} classes.'
     app = FastAPI(title='dinocls', version=version(), description=what, lifespan=life,
                   docs_url=None, redoc_url=None)  # those pages load their scripts from another server
-    app.state.service = service
+    app.state.service, app.state.metrics = service, service.metrics
     add_endpoints(app, service)
     if page: add_page(app, service)
     app.add_middleware(Gate, service=service, key=api_key, page=page, names=names)
@@ -541,6 +551,14 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.socket(made.family, made.type, socket.IPPROTO_TCP, made.detach())
 
 
+def announce(address: str, port: int, page: bool, api_key: str):
+    "Say where the service answers."
+    url = f'http://{f"[{address}]" if ":" in address else address}:{port}'
+    print(url, 'answers and shows a page;' if page else 'answers;', 'Ctrl-C stops it.', flush=True)
+    if not api_key and address not in ('127.0.0.1', '::1'):
+        print('Whoever reaches this address may ask: --api-key sets a key.', flush=True)
+
+
 @needing('serve', 'The service')
 def serve(model, host: str = '127.0.0.1', port: int = 8000,  # 0: any that is free
           api_key: str = '', page: bool = True, names=(), **limits):
@@ -550,9 +568,5 @@ def serve(model, host: str = '127.0.0.1', port: int = 8000,  # 0: any that is fr
         app = create_app(model, api_key, page, (host, *names), **limits)
         gc.collect()
         gc.freeze()  # else each full collection looks at all that the libraries made, and nobody is answered meanwhile
-        address, port = listener.getsockname()[:2]
-        url = f'http://{f"[{address}]" if ":" in address else address}:{port}'
-        print(url, 'answers and shows a page;' if page else 'answers;', 'Ctrl-C stops it.', flush=True)
-        if not api_key and host not in ('127.0.0.1', '::1', 'localhost'):
-            print('Whoever reaches this address may ask: --api-key sets a key.', flush=True)
+        announce(*listener.getsockname()[:2], page, api_key)
         Server(app, listener).run()

@@ -8,6 +8,7 @@ import importlib
 import os
 import platform
 import shutil
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -22,7 +23,8 @@ ALONE = threading.RLock()  # random numbers belong to a process: its threads tak
 
 def on_cluster(stage, home: str, cfgs: list) -> list[tuple]:  # configuration, what went wrong
     "Compute a stage for each configuration on the cluster that they name."
-    run, code, said, todo = open_run(cfgs[0]), code_digests(stage), {}, range(len(cfgs))
+    run, code, said, todo = cfgs[0].folder, code_digests(stage), {}, range(len(cfgs))
+    if not (run/'run.json').exists(): open_run(cfgs[0])  # else a study may vary what the run was opened with
     sent = [dataclasses.replace(c, out=str(run), cluster='none', device=c.device.partition(':')[0]) for c in cfgs]
     try: sign = tempfile.NamedTemporaryFile(dir=run, prefix='.run-')
     except OSError as e: raise UserError(f'{run} cannot be written ({reason(e)}): choose another with --out.') from None
@@ -87,11 +89,21 @@ def _known(stage, cfg) -> dict:
     return pack_results(found.folder for s in STAGES.values() if s.module in reached and (found := s.find(cfg)[0]))
 
 
+def knock(address: str):  # host:port or ray://host:port; nothing is asked of others, as auto
+    "Raise `UserError` where nobody listens at an address of Ray, which itself would try for minutes."
+    host, _, port = address.rpartition('://')[2].rpartition(':')
+    if port.isdecimal():
+        with explain((OSError, OverflowError, UnicodeError), f'No cluster of Ray answers at {address}',
+                     'see `ray status` there, or name another one in $RAY_ADDRESS.'):
+            socket.create_connection((host.strip('[]'), int(port)), timeout=1).close()
+
+
 @contextlib.contextmanager
 def _ray(cfg):
     "Yield what sends work to Ray, a GPU's share for each; $RAY_ADDRESS or this machine says which cluster."
     with needing('ray', 'A cluster of Ray'): import ray
     if mine := not ray.is_initialized():
+        knock(os.environ.get('RAY_ADDRESS', ''))
         with explain((ConnectionError, RuntimeError, ValueError), 'No cluster of Ray can be used',
                      'start one by `ray start --head`, or name it in $RAY_ADDRESS.'):
             ray.init(address='auto', log_to_driver=False, logging_level='ERROR')

@@ -1,5 +1,6 @@
 "A study on a cluster: Ray and Dask, with a shared run folder and without one, and with a worker that is lost."
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -13,8 +14,9 @@ import psutil
 import pytest
 from conftest import ROOT, wait
 
-from dinocls.kit import stage
-from dinocls.kit.cluster import store_results, work
+from dinocls.data import splits
+from dinocls.kit import cluster as cluster_of, stage
+from dinocls.kit.cluster import knock, store_results, work
 from dinocls.kit.config import preset
 from dinocls.kit.files import UserError
 from dinocls.kit.parallel import run_stages
@@ -150,6 +152,17 @@ def test_results_come_home_from_a_worker_that_does_not_see_the_run_folder(study,
     assert phase1_logits.is_done(cfg) and not [*cfg.folder.glob('stages/*/.*'), *cfg.folder.glob('stages/*.partial')]
 
 
+def test_a_study_may_vary_what_its_run_was_opened_with(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def one_worker(cfg):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool: yield lambda *job: pool.submit(work, *job)
+    monkeypatch.setattr(cluster_of, '_ray', one_worker)
+    cfg = preset('smoke', out=tmp_path/'run', cluster='ray')
+    open_run(cfg)
+    found = run_stages(splits, [variant(cfg, split_seed=s) for s in (7, 8)])
+    assert not np.array_equal(*(f['train'] for f in found))
+
+
 def test_a_worker_with_other_code_says_so(tmp_path):
     code = code_digests(phase1_logits) | {'phase1': 'another'}
     cfg = preset('smoke', out=tmp_path/'run')
@@ -167,8 +180,22 @@ def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch, clus
 
 def test_without_a_cluster_of_ray_it_says_how_to_name_one(tmp_path, monkeypatch):
     def init(**_): raise ConnectionError('nobody is there')
+    monkeypatch.delenv('RAY_ADDRESS', raising=False)
     monkeypatch.setattr(pytest.importorskip('ray', reason='Ray is not installed'), 'init', init)
     with pytest.raises(UserError, match=r'No cluster of Ray can be used \(nobody is there\): start one by'):
+        run_stages(phase1_logits, [preset('smoke', out=tmp_path/'run', cluster='ray')])
+
+
+@pytest.mark.parametrize('scheme', ['', 'ray://'])
+def test_where_nobody_listens_ray_is_not_asked(monkeypatch, tmp_path, scheme):
+    with socket.create_server(('127.0.0.1', 0)) as there:
+        address = f'{scheme}127.0.0.1:{there.getsockname()[1]}'
+        knock(address), knock('auto')
+    with pytest.raises(UserError, match=rf'No cluster of Ray answers at {address} \(Connection refused\): see'):
+        knock(address)
+    pytest.importorskip('ray', reason='Ray is not installed')
+    monkeypatch.setenv('RAY_ADDRESS', address)
+    with pytest.raises(UserError, match='No cluster of Ray answers'):
         run_stages(phase1_logits, [preset('smoke', out=tmp_path/'run', cluster='ray')])
 
 
