@@ -41,13 +41,16 @@ def find_backbone(where) -> tuple[dict, str]:
 
 
 def seconds_per_image(cfg: Config, where) -> float:
-    "Measure how long the configured backbone takes to embed an image."
-    model = random_backbone(cfg.backbone, cfg.image_size).to(where)
-    images = torch.zeros(64 if where.type == 'cuda' else 8, 3, cfg.image_size, cfg.image_size, dtype=torch.uint8)
-    for _ in range(2):  # the first warms up
+    """Measure how long the configured backbone takes to embed an image, in batches as in training: on a busy machine
+    few small images take far longer each than many. Of large ones a few tell as much on a CPU."""
+    model, side = random_backbone(cfg.backbone, cfg.image_size).to(where), cfg.image_size
+    enough = cfg.batch_size if where.type == 'cuda' else max(1, 8 * 224**2 // side**2)
+    images, taken = torch.zeros(min(cfg.batch_size, enough), 3, side, side, dtype=torch.uint8), []
+    for _ in range(3):  # the first warms up
         clock = time.perf_counter()
         infer(model, images, cfg)
-    return (time.perf_counter() - clock) / len(images)
+        taken.append(time.perf_counter() - clock)
+    return min(taken) / len(images)
 
 
 def fitting_epochs(train: int, scored: int, batch: int,  # images of training, of validation, and in a batch
@@ -99,16 +102,17 @@ def plan(folder: Path, minutes: float, out: Path | None, given: dict) -> tuple[C
         chosen = dict(train_size=0, flip=True, crop=max(1, side // 16), image_size=side) | model
         data = loaded(preset('quick', **chosen | given))
         chosen |= divided(data)
-        cfg = preset('quick', **chosen | given)
-        train = learned_from(data, cfg)
+        train = learned_from(data, preset('quick', **chosen | given))
         chosen['batch_size'] = max(2, min(32, train))
-        first, second, cost = fitting_epochs(train, cfg.val_size, chosen['batch_size'], seconds_per_image(cfg, where),
+        cfg = preset('quick', **chosen | given)
+        first, second, cost = fitting_epochs(train, cfg.val_size, cfg.batch_size, seconds_per_image(cfg, where),
                                              60 * minutes)
         if first + second > 6: break  # else smaller images, if there is a choice
     chosen |= dict(phase1_epochs=first, phase2_epochs=second)
     return preset('quick', **chosen | given), [told, (
         f'{sum(map(len, data.splits.values())):,} pictures of {len(data.classes)} classes, seen at {side} pixels: '
-        f'{first} epochs of the head alone and {second} of everything, in about {max(1, round(cost / 60))} min.')]
+        f'{first} epoch{"s" * (first != 1)} of the head alone and {second} of everything, in about '
+        f'{max(1, round(cost / 60))} min.')]
 
 
 def shortcomings(cfg: Config) -> list:

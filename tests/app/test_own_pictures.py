@@ -3,6 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dinocls.app import train
@@ -74,6 +75,15 @@ def test_epochs_follow_from_the_time_there_is():
     less = train.fitting_epochs(320, 80, 32, each=0.001, seconds=cost / 2)
     assert less[:2] == (20, 10) and less[2] == pytest.approx(cost / 2)
     assert train.fitting_epochs(32_000, 8000, 32, each=1, seconds=1)[:2] == (1, 1)
+
+
+@pytest.mark.parametrize('side, batch, timed', [(32, 32, 32), (32, 3, 3), (112, 32, 32), (224, 32, 8)])
+def test_the_backbone_is_timed_with_batches_as_in_training(monkeypatch, side, batch, timed):
+    sizes = []
+    monkeypatch.setattr(train, 'random_backbone', lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(train, 'infer', lambda model, images, cfg: sizes.append(images.shape))
+    cfg = preset('quick', image_size=side, batch_size=batch)
+    assert train.seconds_per_image(cfg, torch.device('cpu')) > 0 and {*sizes} == {(timed, 3, side, side)}
 
 
 def test_images_are_smaller_where_time_is_short(tmp_path, monkeypatch):
