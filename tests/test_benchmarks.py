@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from dinocls.kit import files
 from dinocls.kit.files import UserError
@@ -27,7 +28,7 @@ def script(name):
 
 
 sys.path.insert(0, str(ROOT/'benchmarks'))  # as for a script
-train, faults, gpu, scale = (script(name) for name in ('train', 'faults', 'gpu', 'scale'))
+train, faults, gpu, scale, own_pictures = map(script, ('train', 'faults', 'gpu', 'scale', 'own_pictures'))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the loops of others would go to the GPU')
@@ -241,3 +242,30 @@ def test_the_page_about_scale_follows_from_what_was_measured():
     assert (ROOT/'docs'/'scaling.md').read_text(encoding='utf-8') == scale.page(3)
     assert [scale.time(s) for s in (2.53, 64.8, 86_400 * 49)] == ['2.5 s', '1.1 min', '49 days']
     assert scale.memory(3072 * 50_000) == '154 MB' and scale.gflop('dinov2_vitb14') == pytest.approx(46.1, abs=0.1)
+
+
+def test_what_train_says_of_own_pictures_becomes_a_row(tmp_path):
+    from dinocls.app.train import report
+    labels, scores = np.arange(3), {'the fine-tuned model': (2 / 3, 0.2, 0.9), 'its head alone': (1 / 3, 0.1, 0.8),
+                                    'the nearest picture by raw pixels': (0., 0., 0.6)}
+    said = report({'classes': list(own_pictures.CLASSES), 'labels': labels, 'guesses': labels[::-1], 'scores': scores,
+                   'confidence': labels / 3, 'files': ['a.png'] * 3, 'folder': tmp_path})
+    said = f'9 pictures of 3 classes, seen at 32 pixels: 40 epochs of the head alone and 1 of everything.\n\n{said}'
+    found = own_pictures.row(said, '{"prediction": "cat"}', 1000, 61.4)
+    assert found == '| 1,000 | 3 | 66.7 % (20.0 to 90.0) | 33.3 % (10.0 to 80.0) | 0.0 % (0.0 to 60.0) | 40 + 1 | 61 |'
+    assert own_pictures.row(said, '{"prediction": "cat"}', 3, None).endswith('| 40 + 1 |')
+    with pytest.raises(SystemExit, match='none of the classes'):
+        own_pictures.row(said, '{"prediction": "dog"}', 3, None)
+
+
+def test_a_folder_of_own_pictures_holds_so_many_of_each_class_and_only_test_pictures(tmp_path):
+    classes = ['airplane', 'dog', 'cat', 'ship']
+    labels = np.arange(40) % 4
+    images = np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    data = SimpleNamespace(classes=classes, labels=labels, images=images, splits={'test': np.arange(20, 40)})
+    own_pictures.write_folder(tmp_path, data, 4)
+    for name in own_pictures.CLASSES:
+        found = [int(f.stem) for f in (tmp_path/name).iterdir()]
+        assert len(found) == 4 and min(found) >= 20 and {classes[labels[i]] for i in found} == {name}
+        with Image.open(tmp_path/name/f'{found[0]}.png') as image: assert image.getpixel((0, 0)) == (found[0],) * 3
+    assert {f.name for f in tmp_path.iterdir()} == {*own_pictures.CLASSES}

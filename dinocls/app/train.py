@@ -42,7 +42,7 @@ def find_backbone(where) -> tuple[dict, str]:
 
 def seconds_per_image(cfg: Config, where) -> float:
     """Measure how long the configured backbone takes to embed an image, in batches as in training: on a busy machine
-    few small images take far longer each than many. Of large ones, eight tell as much on a CPU."""
+    few small images take far longer each than many. Of large ones a few tell as much on a CPU."""
     model, side = random_backbone(cfg.backbone, cfg.image_size).to(where), cfg.image_size
     enough = cfg.batch_size if where.type == 'cuda' else max(1, 8 * 224**2 // side**2)
     images, taken = torch.zeros(min(cfg.batch_size, enough), 3, side, side, dtype=torch.uint8), []
