@@ -26,12 +26,12 @@ from dinocls.train import fit
 
 pytestmark = pytest.mark.slow  # it trains
 
-SMALL = config.preset('smoke', device='cpu', out='/nonexistent')
+SMALL = config.preset('smoke', device='cpu', precision='fp32', out='/nonexistent')
 
 
 def run(folder, epochs=2, change=None, rate=1e-3, **fields):
     "Train the small model on 100 images, two steps an epoch."
-    cfg = dataclasses.replace(config.preset('smoke', device='cpu', out=str(folder/'run')), **fields)
+    cfg = dataclasses.replace(config.preset('smoke', device='cpu', precision='fp32', out=str(folder/'run')), **fields)
     data = [tuple(t[:100] for t in load_split(cfg, s)) for s in ('train', 'val')]
     model = classifier(cfg, 10)
     if change: change(model)
@@ -205,7 +205,8 @@ def test_what_cannot_be_compiled_trains_as_it_is(tmp_path, monkeypatch):
     assert losses(failing) == losses(plain)
 
 
-ARGS = ['stage', 'phase2', '-p', 'smoke', '-s', 'phase2_epochs=6', '-s', 'checkpoint_minutes=0', '-s', 'device=cpu']
+ARGS = ['stage', 'phase2', '-p', 'smoke', *(a for field in (
+    'phase2_epochs=6', 'checkpoint_minutes=0', 'device=cpu', 'precision=fp32') for a in ('-s', field))]
 
 
 def weights(folder): return files.file_digest(next((folder/'stages').glob('phase2-*/weights.safetensors')))
