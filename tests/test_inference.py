@@ -322,7 +322,8 @@ def test_a_backend_proves_itself_on_the_examples_of_the_folder(tmp_path, model, 
         return run
     monkeypatch.setitem(BACKENDS, 'spy', (spy, ('cpu',), (), 'fp32'))
     kept = {'images': images, 'labels': np.zeros(5), 'logits': np.zeros((5, 10))}
-    place = save_production(tmp_path/'p', model.model, config.preset('smoke', precision='fp32'), CLASSES, {}, examples=kept)
+    cfg = config.preset('smoke', precision='fp32')
+    place = save_production(tmp_path/'p', model.model, cfg, CLASSES, {}, examples=kept)
     assert (place/EXAMPLES).is_file() and ProductionModel(place, 'cpu', 'spy').backend == 'spy'
     seen = torch.cat(seen)  # one to start, all to compare, and four of noise
     assert (seen[:6] == 9).all() and len(seen) == 10
