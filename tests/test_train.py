@@ -205,9 +205,9 @@ def test_what_cannot_be_compiled_trains_as_it_is(tmp_path, monkeypatch):
     assert losses(failing) == losses(plain)
 
 
-ARGS = ['stage', 'phase2', '-p', 'smoke', *(a for field in (  # rates that do not make much of rounding
-    'phase2_epochs=6', 'checkpoint_minutes=0', 'device=cpu', 'precision=fp32', 'phase1_lr=1e-3', 'lr_head=1e-3',
-    'lr_backbone=1e-5') for a in ('-s', field))]
+FIELDS = {'phase2_epochs': 6, 'checkpoint_minutes': 0, 'device': 'cpu', 'precision': 'fp32',
+          'phase1_lr': 1e-3, 'lr_head': 1e-3, 'lr_backbone': 1e-5}  # rates that do not make much of rounding
+ARGS = ['stage', 'phase2', '-p', 'smoke', *(a for k, v in FIELDS.items() for a in ('-s', f'{k}={v}'))]
 
 
 def weights(folder): return files.file_digest(next((folder/'stages').glob('phase2-*/weights.safetensors')))
@@ -217,7 +217,7 @@ def finish(folder):
     "Train to the end in this process, on one thread as `begun` does; return the folder."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: phase2(config.preset('smoke', phase2_epochs=6, checkpoint_minutes=0, device='cpu', out=str(folder)))
+    try: phase2(config.preset('smoke', **FIELDS, out=str(folder)))
     finally: torch.set_num_threads(threads)
     return folder
 
