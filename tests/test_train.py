@@ -128,7 +128,8 @@ def test_memory_that_runs_out_is_said_once(tmp_path, capsys):
             if torch.is_grad_enabled() and len(x) > 13: raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return forward(x)
         model.backbone.forward = limited
-    halved, whole = run(tmp_path/'a', change=shorten, rate=1e-4), run(tmp_path/'b', rate=1e-4)
+    # at this rate a part without its gradient changes the loss by 3e-4, and at 1e-3 rounding alone by 1e-4
+    halved, whole = run(tmp_path/'a', change=shorten, rate=5e-4), run(tmp_path/'b', rate=5e-4)
     said = capsys.readouterr().out
     assert [line.count('memory ran out') for line in said.splitlines() if 'memory' in line] == [1, 1]
     assert 'sees 13 at a time' in said  # 50, 25, 13
@@ -205,8 +206,7 @@ def test_what_cannot_be_compiled_trains_as_it_is(tmp_path, monkeypatch):
     assert losses(failing) == losses(plain)
 
 
-FIELDS = {'phase2_epochs': 6, 'checkpoint_minutes': 0, 'device': 'cpu', 'precision': 'fp32',
-          'phase1_lr': 1e-3, 'lr_head': 1e-3, 'lr_backbone': 1e-5}  # rates that do not make much of rounding
+FIELDS = {'phase2_epochs': 6, 'checkpoint_minutes': 0, 'device': 'cpu', 'precision': 'fp32'}
 ARGS = ['stage', 'phase2', '-p', 'smoke', *(a for k, v in FIELDS.items() for a in ('-s', f'{k}={v}'))]
 
 

@@ -63,8 +63,12 @@ def merge(found: list) -> list:  # (replica, its metrics)
 
 class Kept:
     "Middleware that ends what was begun; else, where a client leaves, Ray ends the request and with it its reader."
-    def __init__(self, app): self.app = app
-    async def __call__(self, *of): await asyncio.shield(self.app(*of))
+    def __init__(self, app): self.app, self.running = app, set()
+
+    async def __call__(self, *of):
+        self.running.add(task := asyncio.ensure_future(self.app(*of)))  # else it might be collected before its end
+        task.add_done_callback(self.running.discard)
+        await asyncio.shield(task)
 
 
 def patience(limits: Limits) -> float: return 2 * limits.timeout + 5  # seconds in which a request surely ends

@@ -555,7 +555,7 @@ def announce(address: str, port: int, page: bool, api_key: str):
     "Say where the service answers."
     url = f'http://{f"[{address}]" if ":" in address else address}:{port}'
     print(url, 'answers and shows a page;' if page else 'answers;', 'Ctrl-C stops it.', flush=True)
-    if not api_key and address not in ('127.0.0.1', '::1'):
+    if not api_key and address not in ('127.0.0.1', '::1', 'localhost'):
         print('Whoever reaches this address may ask: --api-key sets a key.', flush=True)
 
 

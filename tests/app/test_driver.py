@@ -172,6 +172,8 @@ def test_a_parameter_that_a_notebook_lacks_is_an_error(book, in_process):
 NOTE_TIME = '''import time
 from pathlib import Path
 begin = time.time()
+Path(f'{name}.begun').touch()
+while not Path(f'{beside}.begun').exists() and time.time() < begin + 60: time.sleep(0.05)
 time.sleep(1)
 Path(name).write_text(f'{begin} {time.time()}')'''
 
@@ -179,8 +181,8 @@ Path(name).write_text(f'{begin} {time.time()}')'''
 @pytest.mark.slow
 def test_what_measures_time_runs_alone(book, in_process, monkeypatch):
     monkeypatch.setattr(driver, 'jobs', lambda cfg: 3)
-    for name, runs in (('01_a', ''), ('02_b', 'alone'), ('03_c', '')):
-        chapter(book, name, f"name = '{name}'", NOTE_TIME, runs=runs)
+    for name, beside, runs in (('01_a', '03_c', ''), ('02_b', '02_b', 'alone'), ('03_c', '01_a', '')):
+        chapter(book, name, f"name, beside = '{name}', '{beside}'", NOTE_TIME, runs=runs)
     assert in_process('run', '-p', 'smoke').returncode == 0
     a, b, c = (list(map(float, (book/name).read_text().split())) for name in ('01_a', '02_b', '03_c'))
     assert max(a[0], c[0]) < min(a[1], c[1]), 'the others run side by side'
